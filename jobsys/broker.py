@@ -1,0 +1,394 @@
+"""Dramatiq's broker on the table `jobs`: the row is the message, the claim is the delivery, and `ack` and `nack` write how an attempt ended.
+
+JobsBroker and JobsConsumer are dramatiq_pg's PostgresBroker and PostgresConsumer with everything below the interface replaced; the reasons
+are in the README under design decisions. What a process is as a worker is presence.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from typing import Any
+
+from dramatiq import Actor
+from dramatiq.broker import MessageProxy
+from dramatiq.common import compute_backoff
+from dramatiq.errors import ConnectionError, QueueJoinTimeout
+from dramatiq.message import Message
+from dramatiq.middleware import Middleware, MiddlewareError
+from dramatiq.results import ResultBackend, Results
+from dramatiq.results.errors import ResultFailure, ResultMissing, ResultTimeout
+from dramatiq_pg.broker import PostgresBroker, PostgresConsumer
+from pydantic import ValidationError
+
+from jobsys import db, logs
+from jobsys.errors import DatabaseUnavailable, InvalidSubmission
+from jobsys.ids import new_job_id
+from jobsys.job_types import JobType, Registry, encode
+from jobsys.middleware import stack, unreadable
+from jobsys.presence import Presence
+from jobsys.running import RunningJob
+from jobsys.settings import Settings
+from jobsys.settlements import Failed, Outcome, Submitted, insert, plain_text
+
+log = logs.get(__name__)
+
+
+class JobsBroker(PostgresBroker):  # type: ignore[misc]
+    """The broker. Opens no connection before something is sent or consumed."""
+
+    def __init__(self, database: db.Database, *, settings: Settings, types: Registry) -> None:
+        super().__init__(pool=database, results=False, middleware=stack(settings))
+        self.database = database
+        self.settings = settings
+        self.types = types
+        self.presence: Presence | None = None
+        self._hooks: dict[str, list[Callable[..., Any]]] = {}
+        self._running = threading.local()
+        self._lock = threading.Lock()
+        self.add_middleware(Results(backend=JobResults(database), store_results=True))
+        self.add_middleware(Attendance())
+        for job_type in types.types.values():
+            self._declare(job_type)
+
+    # Sending
+
+    def enqueue(self, message: Any, *, delay: int | None = None) -> Any:
+        """Insert a message as a job, due in `delay` milliseconds. Committed when this returns.
+
+        Called while an attempt ends (by Retries with the job itself, by Pipelines and Callbacks with the next one) it writes nothing: the statement
+        that ends the attempt writes both or neither.
+        """
+        if isinstance(message, RunningJob):
+            message.retry_delay = (delay or 0) / 1000
+            return message
+        self.emit_before("enqueue", message, delay)
+        submitted = self._submitted(message, delay)
+        running = self.running
+        if running is not None and running.left:
+            running.followups.append(submitted)
+        else:
+            try:
+                with self.database.connection() as connection:
+                    insert(connection, [submitted])
+            except DatabaseUnavailable as error:
+                raise ConnectionError(str(error)) from error
+        self.emit_after("enqueue", message, delay)
+        return message
+
+    def declare_actor(self, actor: Actor[Any, Any]) -> None:
+        """Declare an actor: its function becomes one that can be stopped, and its messages get ids that sort by time."""
+        super().declare_actor(actor)
+        function, build = actor.fn, actor.message_with_options
+
+        @functools.wraps(function)
+        def stoppable(*args: Any, **kwargs: Any) -> Any:
+            running = self.running
+            return function(*args, **kwargs) if running is None else running.call(function, *args, **kwargs)
+
+        def message_with_options(**options: Any) -> Message[Any]:
+            return build(**options)._replace(message_id=new_job_id())
+
+        actor.fn = stoppable
+        actor.message_with_options = message_with_options  # type: ignore[method-assign]
+
+    def declare_queue(self, queue_name: str) -> None:
+        """Declare a queue. There are no delay queues here: what is due later stays in the table."""
+        if queue_name not in self.queues:
+            self.emit_before("declare_queue", queue_name)
+            self.queues[queue_name] = True
+            self.emit_after("declare_queue", queue_name)
+
+    # Consuming
+
+    @property
+    def running(self) -> RunningJob | None:
+        """The job whose attempt this thread is running or ending."""
+        return getattr(self._running, "job", None)
+
+    @running.setter
+    def running(self, job: RunningJob | None) -> None:
+        self._running.job = job
+
+    def attend(self, *, threads: int) -> Presence:
+        """Make this process a worker, once: from here on it has a row in `workers`, and its heart beats."""
+        with self._lock:
+            if self.presence is None:
+                self.presence = Presence(self, threads=threads)
+                self.presence.start()
+            return self.presence
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 30000) -> JobsConsumer:
+        """The consumer of a queue: an iterator over RunningJobs, or None when none came for `timeout` milliseconds."""
+        return JobsConsumer(broker=self, presence=self.attend(threads=prefetch), queue_name=queue_name, prefetch=prefetch, timeout=timeout)
+
+    def make_running(self, row: db.Row, worker: str) -> RunningJob:
+        """The RunningJob for a row that `claim` returned."""
+        return RunningJob(row, worker=worker, job_type=self.types.types.get(row[1]))
+
+    # Signals: Dramatiq asks every middleware about every signal; here only those that listen are asked.
+
+    def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        for hook in self._listeners("before_" + signal):
+            try:
+                hook(self, *args, **kwargs)
+            except (MiddlewareError, InvalidSubmission):
+                raise
+            except Exception:
+                self.logger.critical("Unexpected failure in before_%s of %r.", signal, hook, exc_info=True)
+
+    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        for hook in reversed(self._listeners("after_" + signal)):
+            try:
+                hook(self, *args, **kwargs)
+            except Exception:
+                self.logger.critical("Unexpected failure in after_%s of %r.", signal, hook, exc_info=True)
+
+    def add_middleware(self, middleware: Middleware, *, before: Any = None, after: Any = None) -> None:
+        self._hooks = {}
+        super().add_middleware(middleware, before=before, after=after)
+        self._hooks = {}
+
+    def _listeners(self, hook: str) -> list[Callable[..., Any]]:
+        listeners = self._hooks.get(hook)
+        if listeners is None:
+            default = getattr(Middleware, hook, None)
+            listeners = [getattr(each, hook) for each in self.middleware if getattr(type(each), hook, None) is not default]
+            self._hooks[hook] = listeners
+        return listeners
+
+    # The rest of Dramatiq's interface
+
+    def join(self, queue_name: str, *, timeout: int | None = None) -> None:
+        """Wait until nothing in the queue is waiting, scheduled or running. Raises QueueJoinTimeout after `timeout` milliseconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout / 1000
+        while self.database.run("unfinished", queue=queue_name)[0][0]:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise QueueJoinTimeout(queue_name)
+            time.sleep(0.05)
+
+    def flush(self, queue_name: str) -> None:
+        """Remove every waiting job of the queue."""
+        self.database.run("drop_waiting", queue=queue_name)
+
+    def flush_all(self) -> None:
+        """Remove every waiting job of every declared queue."""
+        for queue_name in self.get_declared_queues():
+            self.flush(queue_name)
+
+    def close(self) -> None:
+        """End what this process is as a worker, and close the idle connections."""
+        if self.presence is not None:
+            self.presence.leave()
+        self.database.close()
+
+    def _declare(self, job_type: JobType) -> None:
+        def perform(running: RunningJob) -> None:
+            try:
+                payload = job_type.payload.model_validate_json(running.payload)
+            except ValidationError as error:
+                raise unreadable(error) from None
+            result = job_type.function(payload, running.job)
+            try:
+                running.result = encode(result)
+            except InvalidSubmission as error:
+                raise TypeError(f"what {job_type.name} returned {error}") from None
+
+        perform.__name__ = job_type.name
+        options: dict[str, Any] = {"time_limit": int(job_type.time_limit * 1000)}
+        if job_type.max_retries is not None:
+            options["max_retries"] = job_type.max_retries
+        Actor(perform, broker=self, actor_name=job_type.name, queue_name=job_type.queue, priority=0, options=options)
+
+    def _submitted(self, message: Message[Any], delay: int | None) -> Submitted:
+        actor = self.actors.get(message.actor_name)
+        defaults = actor.options if actor is not None else {}
+        retries = message.options.get("max_retries", defaults.get("max_retries", self.settings.max_retries))
+        options = {name: value for name, value in message.options.items() if name not in ("priority", "max_retries")}
+        if message.args:
+            options["args"] = list(message.args)
+        return Submitted(
+            id=message.message_id,
+            type=message.actor_name,
+            queue=message.queue_name,
+            priority=message.options["priority"],
+            payload=encode(message.kwargs, ("kwargs",)),
+            options=encode(options, ("options",)),
+            max_attempts=None if retries is None else retries + 1,
+            run_at=None,
+            delay=None if delay is None else delay / 1000,
+            group_id=None,
+            idempotency_key=None,
+        )
+
+
+class JobsConsumer(PostgresConsumer):  # type: ignore[misc]
+    """One queue's jobs for one process. Dramatiq gives each queue a thread that iterates over its consumer."""
+
+    def __init__(self, *, broker: JobsBroker, presence: Presence, queue_name: str, prefetch: int, timeout: int) -> None:
+        super().__init__(pool=broker.database, queue_name=queue_name, prefetch=prefetch, timeout=timeout)
+        self.broker = broker
+        self.presence = presence
+        self.wait = timeout / 1000
+        self.batch: deque[RunningJob] = deque()
+
+    def __next__(self) -> RunningJob | None:
+        if not self.batch:
+            try:
+                self.batch.extend(self.presence.claims.take(self.queue_name, self.wait))
+            except DatabaseUnavailable as error:
+                raise ConnectionError(str(error)) from error
+        try:
+            return self.batch.popleft()
+        except IndexError:
+            return None
+
+    def ack(self, message: RunningJob) -> None:
+        """The attempt is over and did not fail for good: finished, to be retried, interrupted or cancelled."""
+        self.presence.settle(message, self._outcome(message))
+
+    def nack(self, message: RunningJob) -> None:
+        """The attempt was the last: FAILED, or DEAD when the job can't be run."""
+        self.presence.settle(message, bury(message))
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        """Give back what was claimed and not started, as the same attempt."""
+        for message in messages:
+            self.presence.settle(message, release(message))
+
+    def close(self) -> None:
+        """Give back what was claimed and not handed over."""
+        while self.batch:
+            message = self.batch.popleft()
+            self.presence.settle(message, release(message))
+
+    def _outcome(self, message: RunningJob) -> Outcome:
+        if message.retry_delay is not None:
+            return Outcome("retry", message, _failure(message) | {"worker": message.worker, "delay": message.retry_delay})
+        if message.stopped == "cancelled":
+            return Outcome("cancel_running", message, {})
+        if message.stopped is not None:
+            return release(message)
+        if message._exception is not None and not isinstance(message._exception, MiddlewareError):
+            # The function raised and no middleware decided what follows: it must not count as done.
+            return self._undecided(message)
+        return Outcome("finish", message, {"result": None if message.result == "null" else message.result})
+
+    def _undecided(self, message: RunningJob) -> Outcome:
+        if message.max_attempts is not None and message.attempt >= message.max_attempts:
+            return bury(message)
+        settings = self.broker.settings
+        _, delay = compute_backoff(
+            message.attempt - 1, factor=int(settings.retry_min_backoff * 1000), max_backoff=int(settings.retry_max_backoff * 1000)
+        )
+        return Outcome("retry", message, _failure(message) | {"worker": message.worker, "delay": delay / 1000})
+
+
+class JobResults(ResultBackend):  # type: ignore[misc]
+    """Dramatiq's results, which here are the jobs' own: kept as long as the job, written by the statement that finishes it."""
+
+    def __init__(self, database: db.Database) -> None:
+        super().__init__()
+        self._database = database
+
+    def store_result(self, message: RunningJob, result: Any, ttl: int) -> None:
+        """Note the result on the running job. (The result of a job type was noted when its function returned.)"""
+        if isinstance(message, RunningJob) and message.job_type is None:
+            message.result = encode(result, ("result",))
+
+    def store_exception(self, message: RunningJob, exception: BaseException, ttl: int) -> None:
+        """Nothing to do: the failure is in the job's record."""
+
+    def get_result(self, message: Any, *, block: bool = False, timeout: int | None = None) -> Any:
+        """What the job returned. Raises ResultMissing when it has not finished (with `block`: ResultTimeout after `timeout` milliseconds),
+        ResultFailure when it never will."""
+        deadline = time.monotonic() + (10_000 if timeout is None else timeout) / 1000
+        pause = 0.005
+        while True:
+            rows = self._database.run("result", id=message.message_id)
+            status, result, error = rows[0] if rows else ("PENDING", None, None)
+            if status == "COMPLETED":
+                return None if result is None else self.encoder.decode(result.encode())
+            if status in ("FAILED", "DEAD", "CANCELLED"):
+                failure = self.encoder.decode(error.encode()) if error else {"type": status, "message": f"the job is {status}"}
+                raise ResultFailure(f"actor raised {failure['type']}: {failure['message']}", failure["type"], failure["message"])
+            if not block:
+                raise ResultMissing(message)
+            if time.monotonic() + pause > deadline:
+                raise ResultTimeout(message)
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+
+
+class Attendance(Middleware):  # type: ignore[misc]
+    """Ties Dramatiq's Worker to the presence of this process: its queue, its running jobs, its end."""
+
+    def before_worker_boot(self, broker: JobsBroker, worker: Any) -> None:
+        worker.work_queue = broker.attend(threads=worker.worker_threads).work
+
+    def before_process_message(self, broker: JobsBroker, message: RunningJob) -> None:
+        broker.running = message
+        if broker.presence is not None:
+            broker.presence.begin(message)
+
+    def after_ack(self, broker: JobsBroker, message: RunningJob) -> None:
+        broker.running = None
+
+    after_nack = after_ack
+
+    def before_worker_shutdown(self, broker: JobsBroker, worker: Any) -> None:
+        if broker.presence is not None:
+            broker.presence.stop_claiming()
+
+    def after_worker_shutdown(self, broker: JobsBroker, worker: Any) -> None:
+        if broker.presence is not None:
+            broker.presence.leave()
+
+
+def release(message: RunningJob) -> Outcome:
+    """Back to the queue as the same attempt."""
+    return Outcome("release", message, {})
+
+
+def bury(message: RunningJob) -> Outcome:
+    """The end of a job that won't be tried again by itself."""
+    failure = _failure(message)
+    # An actor this worker doesn't have never reaches a middleware.
+    dead = message.dead or message._exception is None
+    return Outcome("bury", message, failure | {"status": "DEAD" if dead else "FAILED"})
+
+
+def _failure(message: RunningJob) -> dict[str, Any]:
+    error = message._exception
+    if error is None:
+        failed = Failed("ActorNotFound", f"this worker has no job type {message.actor_name}", "", "ActorNotFound")
+    else:
+        failed = Failed(type(error).__name__, _message_of(error), _traceback_of(error), _fingerprint(error))
+    return {"options": encode(message.lasting_options()), **failed._asdict()}
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return plain_text(str(error), 5_000)
+    except Exception as broken:
+        return f"(its text can't be had: str() raised {type(broken).__name__})"
+
+
+def _traceback_of(error: BaseException) -> str:
+    try:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "/dramatiq/" not in frame.filename and not frame.filename.endswith(("jobsys/running.py", "jobsys/broker.py"))]
+        return plain_text("".join(["Traceback (most recent call last):\n", *traceback.format_list(ours[-30:]), *traceback.format_exception_only(type(error), error)]))
+    except Exception:
+        return f"{type(error).__name__} (its traceback can't be had)"
+
+
+def _fingerprint(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f"{last[0].filename}:{last[0].name}" if last else ""
+    return sha256(f"{type(error).__name__} {place}".encode("utf-8", "replace")).hexdigest()[:16]

@@ -1,0 +1,121 @@
+"""What keeps the store in order: promotion of due jobs, rescue of lost workers' jobs, counting, removal, pruning.
+
+Every worker process does all of it, safely many times over; none must be alone, and each statement is bounded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import psycopg2
+
+from jobsys import db, logs
+from jobsys.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from jobsys.presence import Presence
+
+FIRST_ID = "00000000-0000-0000-0000-000000000000"
+log = logs.get(__name__)
+
+
+class Chores(threading.Thread):
+    """Does each chore when it is time, until it is stopped."""
+
+    def __init__(self, presence: Presence) -> None:
+        super().__init__(name="jobsys chores", daemon=True)
+        self._presence = presence
+        self._settings = presence.settings
+        self._database = db.Database(presence.broker.database.url, size=1, wait=30, name="jobsys chores")
+        self._stopped = threading.Event()
+        self._pruned_to = FIRST_ID
+        poll = self._settings.poll_interval
+        self._chores: list[tuple[Callable[[], float | None], float]] = [
+            (self.promote, min(0.2, poll)),
+            (self.report, min(0.25, poll)),
+            (self.rescue, poll),
+            (self.remove_stopped, poll),
+            (self.sum_tallies, poll),
+            (self.rescue_orphans, 30.0),
+            (self.prune, 60.0),
+        ]
+        self._due = [time.monotonic() + every for _, every in self._chores]
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            for number, (chore, every) in enumerate(self._chores):
+                if time.monotonic() >= self._due[number] and not self._stopped.is_set():
+                    again = self._attempt(chore)
+                    self._due[number] = time.monotonic() + (every if again is None else min(again, every))
+            self._stopped.wait(max(0.0, min(self._due) - time.monotonic()))
+
+    def stop(self) -> None:
+        """Start no further chore, and wait for the one at hand."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(5)
+        self._database.close()
+
+    def promote(self) -> float | None:
+        """Make due jobs PENDING; how long until the next one is due."""
+        while len(self._database.run("promote")) == 1000:
+            pass
+        next_due = self._database.run("next_due")
+        return max(0.001, next_due[0][0]) if next_due else None
+
+    def report(self) -> None:
+        """Write what running jobs logged."""
+        self._presence.report(list(self._presence.running))
+
+    def rescue(self) -> None:
+        """Give the jobs of lost workers back to the queue."""
+        for (worker,) in self._database.run("lost_workers"):
+            if worker != self._presence.id:
+                self._rescue_jobs_of(worker, "its worker died or was cut off")
+
+    def rescue_orphans(self) -> None:
+        """Give jobs back whose worker has no row: nobody else would."""
+        for (worker,) in self._database.run("orphans"):
+            with self._database.transaction() as connection:
+                db.run(connection, "rescue", worker=worker, max_crashes=self._settings.max_crashes, message="its worker is not known")
+
+    def remove_stopped(self) -> None:
+        """Remove the records of jobs whose removal waited for them to stop."""
+        self._database.run("remove_stopped")
+
+    def sum_tallies(self) -> None:
+        """Move the log of counts into the sums."""
+        self._database.run("sum_tallies")
+
+    def prune(self) -> float | None:
+        """Remove finished jobs past their retention, a bounded number at a time; soon again while there are more."""
+        if self._settings.retention_days == 0:
+            return None
+        last, seen, _ = self._database.run("prune", after=self._pruned_to, days=self._settings.retention_days)[0]
+        self._pruned_to = last if seen == 1000 else FIRST_ID
+        return 0.1 if seen == 1000 else None
+
+    def _rescue_jobs_of(self, worker: str, reason: str) -> None:
+        while not self._stopped.is_set():
+            with self._database.transaction() as connection:
+                if not db.run(connection, "lock_lost_worker", id=worker):
+                    return
+                rescued = db.run(connection, "rescue", worker=worker, max_crashes=self._settings.max_crashes, message=reason)
+                if not rescued:
+                    db.run(connection, "forget_worker", id=worker)
+            if not rescued:
+                return
+            log.warning("rescued the jobs of a lost worker", worker=worker, jobs=len(rescued), dead=sum(status == "DEAD" for _, status in rescued))
+
+    def _attempt(self, chore: Callable[[], float | None]) -> float | None:
+        try:
+            return chore()
+        except DatabaseUnavailable as error:
+            log.warning("chore put off, the database is away", chore=chore.__name__, error=str(error))
+            self._stopped.wait(1)
+        except psycopg2.Error:
+            log.exception("chore failed", chore=chore.__name__)
+        return None

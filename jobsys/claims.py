@@ -1,0 +1,303 @@
+"""Taking jobs from the queue: how many, whose turn it is, where to look, and what to do when there is nothing.
+
+A process takes what it will start within about 100 ms at the pace it has just measured: no-op jobs come by the hundred, slow ones only
+into free threads, and so an urgent job never waits long behind claimed ones.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from heapq import heappop, heappush
+from typing import Any
+
+from jobsys import db
+from jobsys.job_types import PRIORITIES
+from jobsys.running import RunningJob
+
+AHEAD = 0.1
+"""Seconds of work a process holds in memory."""
+LARGEST_CLAIM = 500
+BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
+NAPS = (0.01, 0.05)
+"""The first waits after falling asleep, in seconds: a job may have been inserted by somebody who did not see the sleeper yet."""
+
+
+class WorkQueue(queue.PriorityQueue):  # type: ignore[type-arg]
+    """What Dramatiq's threads take from, in the order of the jobs themselves (Dramatiq's own orders by actor). Counts what it needs to measure the pace."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.threads = threads
+        self.started = 0
+        self.finished = 0
+        self.room = threading.Event()
+        self.closed = False
+
+    def _put(self, item: tuple[int, RunningJob]) -> None:
+        heappush(self.queue, item[1])
+
+    def _get(self) -> tuple[int, RunningJob]:
+        self.started += 1
+        return (0, heappop(self.queue))
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        with self.not_empty:
+            if not self.queue and block and not self.closed:
+                self.not_empty.wait(timeout)
+            if self.queue:
+                return self._get()
+        if self.closed:
+            time.sleep(0.001)
+        raise queue.Empty
+
+    def task_done(self) -> None:
+        super().task_done()
+        self.finished += 1
+        if not self.room.is_set():
+            self.room.set()
+
+    @property
+    def idle_threads(self) -> int:
+        """Threads with nothing to do and nothing waiting for them."""
+        return self.threads - self.unfinished_tasks
+
+    def close(self) -> list[RunningJob]:
+        """Hand nothing out any more; the jobs that were not started."""
+        with self.mutex:
+            self.closed = True
+            unstarted = list(self.queue)
+            self.queue.clear()
+            self.unfinished_tasks -= len(unstarted)
+            self.not_empty.notify_all()
+        self.room.set()
+        return unstarted
+
+
+class Turns:
+    """A lock that is given in the order it was asked for, so that no queue's consumer starves another's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._taken = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._taken:
+                self._taken = True
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        gate.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False
+
+
+class Claims:
+    """The claims of one process. Each queue's consumer thread calls `take`; they share one connection by taking turns."""
+
+    def __init__(
+        self,
+        database: db.Database,
+        work: WorkQueue,
+        *,
+        worker: Callable[[], str],
+        types: Callable[[], list[str]],
+        make: Callable[[tuple[Any, ...]], RunningJob],
+        backlog: Callable[[], int],
+        poll_interval: float,
+    ) -> None:
+        self.work = work
+        self.taken = 0
+        self.closed = False
+        self._database = database
+        self._worker = worker
+        self._types = types
+        self._make = make
+        self._backlog = backlog
+        self._poll_interval = poll_interval
+        self._turns = Turns()
+        self._bells: dict[str, threading.Event] = {}
+        self._asleep: dict[str, int] = {}
+        self._places: dict[str, dict[int, tuple[Any, str]]] = {}
+        self._look_from_start_at: dict[str, float] = {}
+        self._priorities: dict[str, tuple[float, list[int]]] = {}
+        self._limited: set[str] = set()
+        self._limits_read_at = float("-inf")
+        self._pace_samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    def wake(self, queue_name: str) -> None:
+        """Somebody says that a job of this queue is due."""
+        if bell := self._bells.get(queue_name):
+            bell.set()
+
+    def wake_all(self) -> None:
+        """Look at every queue again: something may have been missed."""
+        for bell in list(self._bells.values()):
+            bell.set()
+
+    def close(self) -> None:
+        """Claim nothing any more; every `take` returns at once."""
+        self.closed = True
+        self.wake_all()
+        self.work.room.set()
+
+    def take(self, queue_name: str, timeout: float) -> list[RunningJob]:
+        """The next jobs of a queue, most urgent first; [] when there was none for `timeout` seconds. Raises DatabaseUnavailable."""
+        bell = self._bells.setdefault(queue_name, threading.Event())
+        deadline = time.monotonic() + timeout
+        while not self.closed:
+            bell.clear()
+            with self._turns:
+                room = self._wait_for_room(deadline)
+                if room == 0 or self.closed:
+                    return []
+                rows, pause = self._claim(queue_name, room)
+            if rows:
+                self._note_work(queue_name)
+                return sorted(self._make(row) for row in rows)
+            wait = self._note_nothing(queue_name, pause)
+            if wait and not bell.wait(wait) and time.monotonic() >= deadline:
+                return []
+        return []
+
+    @property
+    def unstarted(self) -> int:
+        """Jobs claimed and not yet started."""
+        return self.taken - self.work.started
+
+    def _wait_for_room(self, deadline: float) -> int:
+        while not self.closed:
+            self.work.room.clear()
+            room = self._room()
+            if room > 0 or self.closed:
+                return room
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return 0
+            self.work.room.wait(left)
+        return 0
+
+    def _room(self) -> int:
+        ahead = int(self._pace() * AHEAD)
+        unstarted = self.unstarted
+        if self._backlog() > 2 * LARGEST_CLAIM:
+            return 0
+        free = self.work.idle_threads if unstarted == 0 else 0
+        return min(max(free, ahead - unstarted if unstarted <= ahead // 2 else 0), LARGEST_CLAIM)
+
+    def _pace(self) -> float:
+        """Jobs finished per second, over the last tenths of a second."""
+        now, finished = time.monotonic(), self.work.finished
+        samples = self._pace_samples
+        if now - samples[-1][0] > 0.02:
+            samples.append((now, finished))
+        while len(samples) > 1 and samples[1][0] < now - 2 * AHEAD:
+            samples.popleft()
+        then, before = samples[0]
+        return (finished - before) / max(now - then, AHEAD)
+
+    def _claim(self, queue_name: str, room: int) -> tuple[list[db.Row], float | None]:
+        if time.monotonic() - self._limits_read_at > self._poll_interval:
+            self._limited = {name for (name,) in self._database.run("limited_queues")}
+            self._limits_read_at = time.monotonic()
+        rows, pause = self._claim_limited(queue_name, room) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
+        self.taken += len(rows)
+        return rows, pause
+
+    def _claim_freely(self, queue_name: str, room: int) -> list[db.Row]:
+        """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), and whenever
+        fewer came than were asked for. So dead index entries, which an old snapshot keeps, are walked over rarely and not at each claim."""
+        now = time.monotonic()
+        from_start = now >= self._look_from_start_at.get(queue_name, 0.0)
+        places = self._places.setdefault(queue_name, {})
+        if from_start:
+            places.clear()
+        priorities = self._known_priorities(queue_name, now)
+        begin = [places.get(priority, BEGINNING) for priority in priorities]
+        rows = self._database.run(
+            "claim",
+            worker=self._worker(),
+            queue=queue_name,
+            types=self._types(),
+            priorities=priorities,
+            from_run_at=[str(run_at) for run_at, _ in begin],
+            from_id=[id for _, id in begin],
+            n=room,
+        )
+        for row in rows:
+            place: tuple[datetime, str] = (row[9], row[0])
+            if row[2] == queue_name and (row[3] not in places or place > places[row[3]]):
+                places[row[3]] = place
+        if len(rows) < room:
+            self._look_from_start_at[queue_name] = 0.0
+        elif from_start:
+            self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
+        return rows
+
+    def _known_priorities(self, queue_name: str, now: float) -> list[int]:
+        """The named priorities, and whatever others Dramatiq's actors brought into this queue, looked up once in a while."""
+        read_at, priorities = self._priorities.get(queue_name, (float("-inf"), []))
+        if now - read_at > self._poll_interval:
+            priorities = sorted({*PRIORITIES.values(), *(row[0] for row in self._database.run("priorities", queue=queue_name))})
+            self._priorities[queue_name] = (now, priorities)
+        return priorities
+
+    def _claim_limited(self, queue_name: str, room: int) -> tuple[list[db.Row], float | None]:
+        """Claim what the queue's limits allow, and only into free threads; else how long to wait for the next allowed start."""
+        room = min(room, self.work.idle_threads)
+        if room <= 0:
+            return [], AHEAD
+        with self._database.transaction() as connection:
+            limits = db.run(connection, "open_gate", queue=queue_name)
+            if limits:
+                paused, max_running, paced, next_start_in = limits[0]
+                if paused:
+                    return [], None
+                if paced and next_start_in > 0:
+                    return [], next_start_in
+                if max_running is not None:
+                    room = min(room, max_running - db.run(connection, "count_running", queue=queue_name)[0][0])
+                room = min(room, 1) if paced else room
+                if room <= 0:
+                    return [], AHEAD
+            rows = db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=self._types(), n=room)
+            if rows and limits and paced:
+                db.run(connection, "spend_start", queue=queue_name)
+        return rows, None
+
+    def _note_work(self, queue_name: str) -> None:
+        """Work was found. Only after a row of finds without a pause is it worth a write to say that this process is awake."""
+        naps = self._asleep.get(queue_name, -1)
+        if naps >= 0:
+            if naps > 0:
+                self._asleep[queue_name] = 0
+            elif self.unstarted > self.work.threads:
+                self._database.run("wake", id=self._worker(), queue=queue_name)
+                self._asleep[queue_name] = -1
+
+    def _note_nothing(self, queue_name: str, pause: float | None) -> float:
+        """Nothing was found. How long to wait: not at all right after saying that this process sleeps, then longer and longer."""
+        naps = self._asleep.get(queue_name, -1)
+        self._asleep[queue_name] = naps + 1
+        if naps < 0:
+            self._database.run("sleep", id=self._worker(), queue=queue_name)
+            return 0
+        nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
+        return nap if pause is None else min(pause, self._poll_interval)
+
+    def forget(self) -> None:
+        """This process is a new worker now: nobody knows what it sleeps on."""
+        self._asleep.clear()
+        self.wake_all()

@@ -1,0 +1,213 @@
+"""PostgreSQL: a pool that waits instead of raising, named statements from `sql/*.sql`, and migrations.
+
+Connections are in autocommit, so that one statement is one round trip; `transaction()` groups several. Nothing here keeps state
+in a session, so a transaction pooler may stand in between. Whatever means "the server is away" leaves as DatabaseUnavailable.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+from psycopg2 import errors as pg_errors
+from psycopg2 import extensions
+
+from jobsys.errors import DatabaseUnavailable, SettingsError
+from jobsys.settings import Settings
+
+Row = tuple[Any, ...]
+
+SQL = next(place for place in (Path(__file__).parent / "sql", Path(__file__).parent.parent / "sql") if place.is_dir())
+"""Where the SQL is: inside the package once installed, beside it in a checkout."""
+
+_NEVER_WORTH_REPEATING = (pg_errors.StatementTooComplex, pg_errors.ProgramLimitExceeded)
+
+
+def load_statements(*files: str) -> dict[str, str]:
+    """The statements of `sql/<file>`, by the name in the `-- name: …` line that opens each."""
+    statements: dict[str, str] = {}
+    for file in files:
+        name = None
+        for line in (SQL / file).read_text(encoding="utf-8").splitlines():
+            if match := re.fullmatch(r"-- name: (\w+)", line):
+                name = match[1]
+                if name in statements:
+                    raise ValueError(f"two statements are named {name}")
+                statements[name] = ""
+            elif name is not None and not line.lstrip().startswith("--"):
+                statements[name] += line + "\n"
+    return {name: text.strip().rstrip(";") for name, text in statements.items()}
+
+
+STATEMENTS = load_statements("queue.sql", "jobs.sql")
+
+
+class Database:
+    """A bounded pool of connections to one PostgreSQL. Opens none before the first use; safe for threads."""
+
+    def __init__(self, url: str, *, size: int = 4, wait: float = 5.0, name: str = "jobsys", statement_timeout: float | None = None) -> None:
+        self.url = url
+        self.wait = wait
+        self._name = name
+        self._statement_timeout = statement_timeout
+        self._turns = threading.BoundedSemaphore(size)
+        self._idle: list[Any] = []
+
+    def connect(self) -> Any:
+        """A fresh connection in autocommit, not part of the pool. Raises DatabaseUnavailable."""
+        parameters: dict[str, Any] = {
+            "application_name": self._name,
+            "connect_timeout": max(2, int(self.wait)),
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 10_000,
+        }
+        if self._statement_timeout is not None and "options=" not in self.url:
+            parameters["options"] = f"-c statement_timeout={int(self._statement_timeout * 1000)}"
+        with translated():
+            connection = psycopg2.connect(self.url, **parameters)
+            connection.autocommit = True
+        return connection
+
+    @contextmanager
+    def connection(self) -> Iterator[Any]:
+        """A connection of the pool, for the time of the block; waits for one up to `wait` seconds. A broken one is closed, not returned."""
+        if not self._turns.acquire(timeout=self.wait):
+            raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
+        connection = None
+        try:
+            connection = self._take()
+            with translated():
+                yield connection
+        except BaseException:
+            if connection is not None:
+                _close(connection)
+            raise
+        else:
+            self._idle.append(connection)
+        finally:
+            self._turns.release()
+
+    def run(self, name: str, **parameters: Any) -> list[Row]:
+        """Run one named statement in a transaction of its own; the rows it returns."""
+        with self.connection() as connection:
+            return run(connection, name, **parameters)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """A connection inside a transaction: committed when the block ends, rolled back when it raises."""
+        with self.connection() as connection, connection:
+            yield connection
+
+    def close(self) -> None:
+        """Close the idle connections. Those in use are closed by whoever holds them."""
+        while self._idle:
+            _close(self._idle.pop())
+
+    def _take(self) -> Any:
+        while self._idle:
+            connection = self._idle.pop()
+            if alive(connection):
+                return connection
+            _close(connection)
+        return self.connect()
+
+
+def run(connection: Any, name: str, **parameters: Any) -> list[Row]:
+    """Run one named statement on a connection, inside whatever transaction it has; the rows it returns."""
+    with connection.cursor() as cursor:
+        cursor.execute(STATEMENTS[name], parameters)
+        return cursor.fetchall() if cursor.description else []
+
+
+def alive(connection: Any) -> bool:
+    """Whether an idle connection is still good, as far as the socket tells; no round trip."""
+    try:
+        connection.poll()
+    except psycopg2.Error:
+        return False
+    return not connection.closed and connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """What psycopg2 raises when the server is away becomes DatabaseUnavailable. A killed connection is an InterfaceError, too."""
+    try:
+        yield
+    except _NEVER_WORTH_REPEATING:
+        raise
+    except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        raise DatabaseUnavailable(_first_line(error)) from error
+
+
+def url_of(settings: Settings) -> str:
+    """The database to use: DATABASE_URL, else the one `bin/dev` runs. Raises SettingsError when there is neither."""
+    from jobsys import local
+
+    url = settings.database_url or local.database_url(settings.data_dir)
+    if url is None:
+        raise SettingsError(
+            f"DATABASE_URL is not set, and no database of bin/dev is under {settings.data_dir}: "
+            "start bin/dev, or set DATABASE_URL=postgresql://user:password@host/name"
+        )
+    return url
+
+
+def migrate(url: str) -> list[str]:
+    """Bring the schema up to date; the names of what was applied, [] when nothing was. Safe to run many times, and at once.
+
+    `sql/schema.sql` is version 1; `sql/migrations/NNNN_name.sql` follow in order, each in a transaction with its version.
+    """
+    database = Database(url, name="jobsys migrate")
+    applied = []
+    with database.transaction() as connection, connection.cursor() as cursor:
+        cursor.execute("select pg_advisory_xact_lock(hashtext('jobsys migrate'))")
+        cursor.execute("select to_regclass('schema_versions') is not null")
+        done: set[int] = set()
+        if cursor.fetchone()[0]:
+            cursor.execute("select version from schema_versions")
+            done = {version for (version,) in cursor.fetchall()}
+        for version, file in _migrations():
+            if version not in done:
+                cursor.execute(file.read_text(encoding="utf-8"))
+                cursor.execute("insert into schema_versions (version, name) values (%s, %s)", (version, file.stem))
+                applied.append(file.stem)
+    database.close()
+    return applied
+
+
+def wait_until_available(url: str, *, timeout: float) -> None:
+    """Return once the server answers. Raises DatabaseUnavailable when it doesn't within `timeout` seconds."""
+    database = Database(url, wait=2)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            database.connect().close()
+            return
+        except DatabaseUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _migrations() -> list[tuple[int, Path]]:
+    later = sorted((SQL / "migrations").glob("[0-9]*.sql"))
+    return [(1, SQL / "schema.sql"), *((int(file.name.split("_")[0]), file) for file in later)]
+
+
+def _close(connection: Any) -> None:
+    try:
+        connection.close()
+    except psycopg2.Error:
+        pass
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

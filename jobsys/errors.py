@@ -1,0 +1,95 @@
+"""What can go wrong, as one tree. Raised where it is known, translated once per edge (API, admin UI, CLI).
+
+    JobsysError
+    ├── SettingsError           the environment does not make a configuration
+    ├── InvalidSubmission       the job can't be accepted as it was described (`errors` names each field)
+    │   ├── UnknownJobType      no job type of that name is registered
+    │   └── IdempotencyConflict the key was used before, for another job
+    ├── JobNotFound             no job has this id
+    ├── WrongState              the job's status forbids what was asked (`status` names it)
+    └── DatabaseUnavailable     PostgreSQL can't be reached, or did not answer in time
+
+Two more belong to job functions and are not JobsysErrors:
+
+    GiveUp (Exception)          raised by a job: final, no retry
+    JobStopped (BaseException)  raised into a job that was cancelled, ran too long, or must yield to a shutdown
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class JobsysError(Exception):
+    """The root of everything jobsys raises on purpose."""
+
+
+class SettingsError(JobsysError):
+    """The environment does not make a configuration; the text names the variable and what would be right."""
+
+
+class InvalidSubmission(JobsysError):
+    """A job can't be accepted as described. `errors` is a list of `{"loc": [...], "msg": "..."}`."""
+
+    def __init__(self, errors: list[dict[str, Any]]) -> None:
+        self.errors = errors
+        super().__init__("; ".join(_sentence(error) for error in errors))
+
+    @classmethod
+    def of(cls, loc: list[str | int], msg: str) -> InvalidSubmission:
+        """The common case: one field is wrong."""
+        return cls([{"loc": loc, "msg": msg}])
+
+
+class UnknownJobType(InvalidSubmission):
+    """No job type of that name is registered; the text names the known ones."""
+
+    def __init__(self, name: str, known: list[str], loc: list[str | int] | None = None) -> None:
+        super().__init__([{"loc": loc or ["type"], "msg": f'job type "{name}" is not one of {", ".join(sorted(known))}'}])
+
+
+class IdempotencyConflict(InvalidSubmission):
+    """The idempotency key was used before, for a job with another type, payload, priority or number of retries."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__([{"loc": ["idempotencyKey"], "msg": f'idempotency key "{key}" was already used for a different job'}])
+
+
+class JobNotFound(JobsysError):
+    """No job has this id (or what was given is no UUID)."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        super().__init__(f'there is no job "{job_id}"')
+
+
+class WrongState(JobsysError):
+    """The job's status forbids what was asked; `status` is the one it has."""
+
+    def __init__(self, verb: str, status: str, allowed: tuple[str, ...]) -> None:
+        self.status = status
+        super().__init__(f"a job that is {status} can't be {verb}; only {', '.join(allowed)} can")
+
+
+class DatabaseUnavailable(JobsysError):
+    """PostgreSQL can't be reached or did not answer in time. Whoever asked may try again."""
+
+
+class GiveUp(Exception):
+    """Raise it in a job whose failure is final: the job becomes FAILED at once, whatever retries it has left."""
+
+
+class JobStopped(BaseException):
+    """Raised inside a job's function when the job has to stop. `reason`: "cancelled", "time limit", "shutdown" or "lost".
+
+    A BaseException, so that a job's own `except Exception` doesn't swallow it. Let it pass: jobsys records what it means.
+    """
+
+    def __init__(self, reason: str = "cancelled") -> None:
+        self.reason = reason
+        super().__init__(f"the job was stopped: {reason}")
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    return f"{where}: {error['msg']}" if where else str(error["msg"])

@@ -1,0 +1,148 @@
+"""The heart of a worker process: beats, hears notifications, and stops jobs that were cancelled or run too long.
+
+It has a thread and a connection of its own, so that neither a slow statement nor a busy pool can make the process look dead. Losing
+the connection is no death: the heart opens another, and the process keeps its running jobs.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import psycopg2
+
+from jobsys import db, logs
+from jobsys.errors import DatabaseUnavailable, JobStopped
+from jobsys.middleware import TimeLimitExceeded
+from jobsys.running import RunningJob
+
+if TYPE_CHECKING:
+    from jobsys.presence import Presence
+
+COOPERATION = 1.0
+"""Seconds a job has to end by itself once it was asked to; then JobStopped is thrown into its function."""
+STUBBORNNESS = 5.0
+"""Seconds after which a job that ignored that too costs its process."""
+TICK = 0.1
+log = logs.get(__name__)
+
+
+class Heart(threading.Thread):
+    """Beats until it is stopped."""
+
+    def __init__(self, presence: Presence) -> None:
+        super().__init__(name="jobsys heart", daemon=True)
+        self.first_beat = threading.Event()
+        self._presence = presence
+        self._database = db.Database(presence.broker.database.url, wait=5, name="jobsys heart")
+        self._connection: Any = None
+        self._registered = ""
+        self._stopped = threading.Event()
+        self._woken, self._wake = os.pipe()
+        self._beat_at = 0.0
+        self._look_for_stops_at = 0.0
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._listen()
+                self._beat()
+                self._hear()
+                self._ask_for_stops()
+            except (DatabaseUnavailable, psycopg2.Error) as error:
+                self._reconnect(error)
+            except Exception:
+                log.exception("the heart stumbled")
+                self._stopped.wait(1)
+            self._enforce_stops()
+
+    def stop(self) -> None:
+        """Beat no more, and end the session."""
+        self._stopped.set()
+        os.write(self._wake, b".")
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join(5)
+        self._close()
+        os.close(self._woken)
+        os.close(self._wake)
+
+    def _listen(self) -> None:
+        if self._connection is None:
+            self._connection = self._database.connect()
+            with db.translated(), self._connection.cursor() as cursor:
+                cursor.execute("listen jobsys")
+            self._beat_at = 0.0
+            self._presence.claims.wake_all()
+
+    def _beat(self) -> None:
+        presence = self._presence
+        if time.monotonic() < self._beat_at:
+            return
+        with db.translated():
+            if self._registered == presence.id and not db.run(self._connection, "beat", id=presence.id):
+                presence.come_back()
+            if self._registered != presence.id:
+                db.run(self._connection, "register_worker", **presence.row())
+                self._registered = presence.id
+        self._beat_at = time.monotonic() + presence.settings.worker_heartbeat
+        self.first_beat.set()
+
+    def _hear(self) -> None:
+        """Wait for a notification: until the next beat, or only for a tick while jobs run whose time may end."""
+        wait = max(0.0, min(self._beat_at - time.monotonic(), TICK if self._presence.running else 1.0))
+        with db.translated():
+            if self._connection in select.select([self._connection, self._woken], [], [], wait)[0]:
+                self._connection.poll()
+                while self._connection.notifies:
+                    queue_name = self._connection.notifies.pop(0).payload
+                    if queue_name:
+                        self._presence.claims.wake(queue_name)
+                    else:
+                        self._look_for_stops_at = 0.0
+
+    def _ask_for_stops(self) -> None:
+        presence = self._presence
+        if presence.running and time.monotonic() >= self._look_for_stops_at:
+            self._look_for_stops_at = time.monotonic() + presence.settings.poll_interval
+            with db.translated():
+                asked = {(id, claim) for id, claim in db.run(self._connection, "stop_requests", worker=presence.id)}
+            for job in list(presence.running):
+                if (job.message_id, job.claim) in asked:
+                    job.stop("cancelled")
+
+    def _enforce_stops(self) -> None:
+        now = time.monotonic()
+        for job in list(self._presence.running):
+            if job.deadline is not None and now > job.deadline:
+                job.stop("time limit")
+            asked_at = job.stop_asked_at
+            if asked_at is None or job.job.stop_reason == "shutdown" or job.outcome is not None:
+                continue
+            if now > asked_at + COOPERATION + STUBBORNNESS and not job.left:
+                self._presence.write_off(job, _ending(job))
+            elif now > asked_at + COOPERATION:
+                job.throw()
+
+    def _reconnect(self, error: Exception) -> None:
+        if self._stopped.is_set():
+            return
+        log.warning("the heart lost its connection", error=str(error).strip())
+        self._close()
+        self._stopped.wait(0.5)
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection.close()
+            except psycopg2.Error:
+                pass
+
+
+def _ending(job: RunningJob) -> BaseException:
+    if job.job.stop_reason == "time limit":
+        return TimeLimitExceeded("the attempt ran longer than its time limit, and could not be stopped")
+    return JobStopped(job.job.stop_reason or "cancelled")

@@ -1,0 +1,268 @@
+"""A job type is one declaration in one place: a payload model and a function.
+
+The door (API, CLI, admin form), the worker, the docs and the contract tests all derive from what stands in the registry here.
+Importing a module of job types needs no broker and no database, and calling the function runs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic_core import to_jsonable_python
+
+from jobsys.errors import InvalidSubmission, JobStopped, UnknownJobType
+from jobsys.settings import seconds
+
+PRIORITIES = {"high": -10, "default": 0, "low": 10}
+"""The named priorities and their numbers in the table; lower comes first. `medium` is read as `default`."""
+
+MAX_ERRORS = 50
+"""How many wrong fields of one payload are named."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Payload(pydantic.BaseModel):
+    """What a job needs: a pydantic model. Unknown fields are refused, and so is a string where a number belongs."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class Job:
+    """What a job function sees of its own job.
+
+    As it stands it works without any database, for calling a job function in a test or a shell: `log` and `progress` collect
+    in `lines` and `fraction`. In a worker the same methods also write to the job's record.
+    """
+
+    def __init__(self, id: str = "00000000-0000-7000-8000-000000000000", *, type: str = "", attempt: int = 1) -> None:
+        self.id = id
+        self.type = type
+        self.attempt = attempt
+        self.lines: list[str] = []
+        self.fraction: float | None = None
+        self.stop_reason: str | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the job was asked to stop: cancelled, over its time limit, or its worker is shutting down."""
+        return self.stop_reason is not None
+
+    def log(self, line: str) -> None:
+        """Add a line to the job's timeline."""
+        self.lines.append(str(line))
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """Say how far the job is: `fraction` from 0 to 1, and a few words. Raises ValueError outside that range."""
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"progress must lie between 0 and 1, not at {fraction}")
+        self.fraction = float(fraction)
+
+    def checkpoint(self) -> None:
+        """A place where the job may end early: raises JobStopped when it has to stop, else returns at once."""
+        if self.stop_reason is not None:
+            raise JobStopped(self.stop_reason)
+
+
+@dataclass(frozen=True)
+class JobType:
+    """One kind of job: its name, what it needs, what it does, and how it is to be run."""
+
+    name: str
+    function: Callable[..., Any]
+    payload: type[Payload]
+    queue: str = "default"
+    priority: str = "default"
+    max_retries: int | None = None
+    """None: the setting MAX_RETRIES."""
+    time_limit: float = 600.0
+    """Seconds one attempt may run."""
+    aliases: tuple[str, ...] = ()
+    example: dict[str, Any] = field(default_factory=dict)
+    """A payload that validates; shown wherever the type is documented, and run by the contract tests."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
+
+    def check(self, payload: Any, loc: tuple[str | int, ...] = ("payload",)) -> str:
+        """The payload as JSON text, validated. Raises InvalidSubmission naming each wrong field below `loc`."""
+        text = encode(payload, loc)
+        try:
+            self.payload.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            errors = error.errors()[:MAX_ERRORS]
+            raise InvalidSubmission([{"loc": [*loc, *each["loc"]], "msg": _plain(each["msg"])} for each in errors]) from None
+        return text
+
+    def run(self, payload: str | bytes, job: Job) -> Any:
+        """Run the function on a payload given as JSON text. Raises pydantic.ValidationError before the function starts."""
+        return self.function(self.payload.model_validate_json(payload), job)
+
+
+class Registry:
+    """The job types by name. Names and aliases are looked up whatever their case."""
+
+    def __init__(self) -> None:
+        self.types: dict[str, JobType] = {}
+        self._names: dict[str, str] = {}
+
+    def add(self, job_type: JobType) -> None:
+        """Register a type. Registering the same function again (a module reload) replaces it; a taken name is an error."""
+        names = (job_type.name, *job_type.aliases)
+        for name in names:
+            owner = self._names.get(name.lower())
+            if owner is not None and _origin(self.types[owner]) != _origin(job_type):
+                raise ValueError(f'the name "{name}" of {_origin(job_type)} is taken by job type {owner} in {_origin(self.types[owner])}')
+        self._names.update({name.lower(): job_type.name for name in names})
+        self.types[job_type.name] = job_type
+
+    def find(self, name: str) -> JobType:
+        """The type of this name or alias. Raises UnknownJobType, which names the known ones."""
+        try:
+            return self.types[self._names[str(name).lower()]]
+        except KeyError:
+            raise UnknownJobType(str(name), list(self.types)) from None
+
+    @property
+    def names(self) -> set[str]:
+        """Every name and alias, in lower case."""
+        return set(self._names)
+
+    def load(self, modules: Iterable[str] = ()) -> Registry:
+        """Import the job types that ship, every module of `jobsys.jobs`, then `modules`, each of which declares its own with `@job`."""
+        shipped = importlib.import_module("jobsys.jobs")
+        for module in (*(f"jobsys.jobs.{each.name}" for each in pkgutil.iter_modules(shipped.__path__)), *modules):
+            importlib.import_module(module)
+        return self
+
+
+registry = Registry()
+"""Where `@job` registers. One per process, as modules are."""
+
+
+def job(
+    name: str,
+    *,
+    queue: str = "default",
+    priority: str = "default",
+    max_retries: int | None = None,
+    time_limit: str | float = "10m",
+    aliases: Iterable[str] = (),
+    example: dict[str, Any] | None = None,
+) -> Callable[[F], F]:
+    """Declare a job type: `def f(payload: SomePayload, job: Job)`; what it returns is the job's result and must be JSON.
+
+    `time_limit` is for one attempt, in seconds or as `500ms`, `5s`, `2m`. `priority` is the one a job gets when its submitter
+    names none. An exception is retried up to `max_retries` times with growing pauses; GiveUp is final. The decorated function stays an
+    ordinary function. Raises TypeError or ValueError when the declaration can't work.
+    """
+
+    def declare(function: F) -> F:
+        job_type = JobType(
+            name=name,
+            function=function,
+            payload=_payload_model(name, function),
+            queue=queue,
+            priority=priority,
+            max_retries=max_retries,
+            time_limit=seconds(time_limit),
+            aliases=tuple(aliases),
+            example=example or {},
+        )
+        _check_declaration(job_type)
+        try:
+            job_type.check(job_type.example, loc=("example",))
+        except InvalidSubmission as error:
+            if example is not None:
+                raise ValueError(f"the example of job type {name} does not validate: {error}") from None
+        registry.add(job_type)
+        return function
+
+    return declare
+
+
+def priority_number(value: Any, loc: tuple[str | int, ...] = ("priority",)) -> int:
+    """The table's number for `high`, `default`, `medium`, `low` in any case. Raises InvalidSubmission for anything else."""
+    name = value.lower() if isinstance(value, str) else None
+    number = PRIORITIES.get("default" if name == "medium" else name) if name else None
+    if number is None:
+        raise InvalidSubmission.of([*loc], f'priority "{value}" is not one of {", ".join(PRIORITIES)}')
+    return number
+
+
+def priority_name(number: int) -> str:
+    """The name of a priority, or its number as text when a plain Dramatiq actor chose one without a name."""
+    for name, value in PRIORITIES.items():
+        if value == number:
+            return name
+    return str(number)
+
+
+def encode(value: Any, loc: tuple[str | int, ...] = ()) -> str:
+    """`value` as JSON text that PostgreSQL's jsonb can hold.
+
+    Raises InvalidSubmission naming `loc` for what it can't: NUL characters, lone surrogates, NaN, infinities, and types JSON
+    has no word for.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_jsonable)
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidSubmission.of([*loc], "contains a lone surrogate, which is no text") from None
+    except RecursionError:
+        raise InvalidSubmission.of([*loc], "is nested too deeply") from None
+    except (TypeError, ValueError, pydantic.ValidationError) as error:
+        raise InvalidSubmission.of([*loc], f"can't be written as JSON: {error}") from None
+    if "\\u0000" in text.replace("\\\\", ""):
+        raise InvalidSubmission.of([*loc], "contains a NUL character, which PostgreSQL can't store")
+    return text
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, pydantic.BaseModel):
+        return value.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return to_jsonable_python(value)
+
+
+def _check_declaration(job_type: JobType) -> None:
+    if job_type.priority not in PRIORITIES:
+        raise ValueError(f'priority "{job_type.priority}" of job type {job_type.name} is not one of {", ".join(PRIORITIES)}')
+    for word in (job_type.name, job_type.queue, *job_type.aliases):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9._-]{0,99}", word):
+            raise ValueError(f'"{word}" of job type {job_type.name} is not a letter followed by up to 99 letters, digits, ".", "_" or "-"')
+    if job_type.max_retries is not None and job_type.max_retries < 0:
+        raise ValueError(f"max_retries of job type {job_type.name} must be 0 or more, not {job_type.max_retries}")
+    if job_type.time_limit <= 0:
+        raise ValueError(f"time_limit of job type {job_type.name} must be longer than nothing")
+
+
+def _payload_model(name: str, function: Callable[..., Any]) -> type[Payload]:
+    parameters = list(inspect.signature(function).parameters)
+    try:
+        hint = typing.get_type_hints(function).get(parameters[0]) if len(parameters) == 2 else None
+    except NameError as error:
+        raise TypeError(f"job type {name}: a type that {function.__name__} names is not known where its module is: {error}") from None
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"job type {name}: {function.__name__} must be an ordinary function, not an async one")
+    if not (isinstance(hint, type) and issubclass(hint, Payload)):
+        raise TypeError(f"job type {name}: {function.__name__} must be written as def {function.__name__}(payload: SomePayload, job: Job)")
+    return hint
+
+
+def _origin(job_type: JobType) -> str:
+    return f"{job_type.function.__module__}.{job_type.function.__qualname__}"
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ")

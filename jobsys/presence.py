@@ -1,0 +1,209 @@
+"""This process as a worker: its row in `workers`, what it has claimed, what it runs, and how it leaves.
+
+It needs few connections, whatever the number of queues and threads: one for claims, one for outcomes and reports, one for the heart, one for the chores.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from dramatiq.errors import ConnectionError
+
+from jobsys import db, logs
+from jobsys.chores import Chores
+from jobsys.claims import Claims, WorkQueue
+from jobsys.errors import DatabaseUnavailable
+from jobsys.heart import Heart
+from jobsys.ids import new_job_id
+from jobsys.running import RunningJob
+from jobsys.settlements import Outcome, Settlements
+
+if TYPE_CHECKING:
+    from jobsys.broker import JobsBroker
+
+LAST_WORDS = 1.0
+"""Seconds an interrupted job has to end when a shutdown's grace is used up."""
+log = logs.get(__name__)
+
+
+class Presence:
+    """One per process and broker. `id` is the worker's; it changes when the worker was declared lost and comes back."""
+
+    def __init__(self, broker: JobsBroker, *, threads: int) -> None:
+        settings = broker.settings
+        self.broker = broker
+        self.settings = settings
+        self.id = new_job_id()
+        self.threads = threads
+        self.work = WorkQueue(threads)
+        self.running: set[RunningJob] = set()
+        self.must_end = threading.Event()
+        """Set when a job could not be stopped: the process has to end, and be replaced."""
+        self.lost_outcomes = 0
+        self._database = db.Database(broker.database.url, size=3, wait=30, name="jobsys worker")
+        self.settlements = Settlements(self._database, lost=self._outcome_was_lost)
+        self.claims = Claims(
+            self._database,
+            self.work,
+            worker=lambda: self.id,
+            types=lambda: list(broker.actors),
+            make=lambda row: broker.make_running(row, self.id),
+            backlog=lambda: len(self.settlements),
+            poll_interval=settings.poll_interval,
+        )
+        self._reporting = threading.Lock()
+        self._left = False
+        self._heart = Heart(self)
+        self._chores = Chores(self)
+
+    def start(self) -> None:
+        """Register, and start the heart and the chores. When the database is away the heart goes on trying."""
+        self._heart.start()
+        self._heart.first_beat.wait(5)
+        self._chores.start()
+
+    def row(self) -> dict[str, Any]:
+        """What the row in `workers` says of this process."""
+        from jobsys import __version__
+
+        return {
+            "id": self.id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": __version__,
+            "queues": sorted(self.broker.get_declared_queues()),
+            "types": sorted(self.broker.actors),
+            "threads": self.threads,
+            "heartbeat": self.settings.worker_heartbeat,
+            "lost_after": self.settings.worker_lost_after,
+        }
+
+    def come_back(self) -> None:
+        """This worker was declared lost: its jobs belong to others now. Be a new one, and stop what still runs."""
+        log.warning("this worker was declared lost and comes back as a new one", lost=self.id, running=len(self.running))
+        self.id = new_job_id()
+        for job in list(self.running):
+            job.stop("lost")
+        self.claims.forget()
+
+    def begin(self, job: RunningJob) -> None:
+        """A thread starts on a job. If it was lost while it waited in memory, it is stopped before it starts."""
+        self.running.add(job)
+        if job.worker != self.id:
+            job.stop("lost")
+
+    def settle(self, job: RunningJob, outcome: Outcome) -> None:
+        """Write how an attempt ended. Raises Dramatiq's ConnectionError when the database is away; the outcome is kept."""
+        if job.job.unreported or job.job.latest:
+            self.report([job])
+        self.settlements.add(outcome)
+        self.running.discard(job)
+        if outcome.statement in ("retry", "bury"):
+            _log_failure(outcome)
+
+    def report(self, jobs: list[RunningJob]) -> None:
+        """Write the log lines and progress of running jobs. When the database is away, they wait for the next report."""
+        with self._reporting:
+            lines, latest = [], []
+            for job in jobs:
+                taken, job.job.unreported = job.job.unreported, []
+                lines += [(job, at, kind, text) for at, kind, text in taken]
+                progress, job.job.latest = job.job.latest, None
+                if progress is not None:
+                    latest.append((job, progress))
+            if not lines and not latest:
+                return
+            try:
+                self._database.run("report", **_report(lines, latest))
+            except DatabaseUnavailable:
+                for job, at, kind, text in reversed(lines):
+                    job.job.unreported.insert(0, (at, kind, text))
+                for job, progress in latest:
+                    job.job.latest = job.job.latest or progress
+            except Exception:
+                log.exception("a report of running jobs could not be stored")
+
+    def write_off(self, job: RunningJob, exception: BaseException) -> None:
+        """A job ignores every request to stop: decide for it as if it had raised, and have the process replaced."""
+        log.error("job can't be stopped, its process will be replaced", job_id=job.message_id, type=job.actor_name, reason=job.job.stop_reason)
+        job.stuff_exception(exception)
+        self.broker.emit_after("process_message", job, exception=exception)
+        consumer = self.broker.consume(job.queue_name)
+        try:
+            consumer.nack(job) if job.failed else consumer.ack(job)
+        except ConnectionError as error:
+            log.warning("its outcome will be written later", job_id=job.message_id, error=str(error))
+        self.must_end.set()
+
+    def stop_claiming(self) -> None:
+        """Take no new job, give back at once what was not started, and let running jobs know."""
+        from jobsys.broker import release
+
+        self.claims.close()
+        for job in self.work.close():
+            self._settle_if_possible(job, release(job))
+        for job in list(self.running):
+            job.stop("shutdown")
+
+    def leave(self) -> None:
+        """The end: interrupt what still runs, give it back, write what waits, and take the row away."""
+        from jobsys.broker import release
+
+        if self._left:
+            return
+        self._left = True
+        self.stop_claiming()
+        if self.running:
+            log.warning("interrupting jobs that still run", running=len(self.running))
+            for job in list(self.running):
+                job.job.must_end = True
+                job.throw()
+            deadline = time.monotonic() + LAST_WORDS
+            while self.running and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for job in list(self.running):
+                self._settle_if_possible(job, release(job))
+        self._chores.stop()
+        self._heart.stop()
+        try:
+            self.settlements.write()
+            self._database.run("unregister_worker", id=self.id)
+        except (ConnectionError, DatabaseUnavailable) as error:
+            log.warning("left without the database; others will rescue what this worker had", error=str(error))
+        self._database.close()
+
+    def _settle_if_possible(self, job: RunningJob, outcome: Outcome) -> None:
+        try:
+            self.settle(job, outcome)
+        except ConnectionError as error:
+            log.warning("a job could not be given back; others will rescue it", job_id=job.message_id, error=str(error))
+
+    def _outcome_was_lost(self, job: RunningJob) -> None:
+        self.lost_outcomes += 1
+        log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
+
+
+def _log_failure(outcome: Outcome) -> None:
+    job, values = outcome.job, outcome.parameters
+    then = f"retry in {values['delay']:.1f} s" if outcome.statement == "retry" else values["status"]
+    log.warning("attempt failed", job_id=job.message_id, type=job.actor_name, attempt=job.attempt, error=f"{values['type']}: {values['message']}", then=then)
+
+
+def _report(lines: list[Any], latest: list[Any]) -> dict[str, list[Any]]:
+    from jobsys.job_types import encode
+    from jobsys.settlements import plain_text
+
+    return {
+        "id": [job.message_id for job, _ in latest],
+        "claim": [job.claim for job, _ in latest],
+        "progress": [encode({**progress, "message": plain_text(progress["message"], 500)}) for _, progress in latest],
+        "job_id": [job.message_id for job, *_ in lines],
+        "at": [at for _, at, _, _ in lines],
+        "kind": [kind for _, _, kind, _ in lines],
+        "attempt": [job.attempt for job, *_ in lines],
+        "message": [plain_text(text, 5_000) for *_, text in lines],
+    }

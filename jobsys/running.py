@@ -1,0 +1,182 @@
+"""A claimed job in a worker's memory: Dramatiq's message, the fence it holds, and how it can be stopped.
+
+JobStopped is thrown into a thread only while that thread is inside the job's own function. Anywhere else (middleware, settlement, the
+connection pool) an exception at an arbitrary bytecode leaves locks taken and processes dead, so `call` guards both edges.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from dramatiq.broker import MessageProxy
+from dramatiq.message import Message
+
+from jobsys.errors import JobStopped
+from jobsys.job_types import Job, JobType
+
+_throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
+_VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
+
+
+class RunningJob(MessageProxy):  # type: ignore[misc]
+    """One attempt at one job. Ordered as the queue is: priority, then due time, then arrival."""
+
+    def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None) -> None:
+        (
+            self.message_id,
+            self.actor_name,
+            self.queue_name,
+            self.priority,
+            self.payload,
+            options,
+            self.attempt,
+            self.claim,
+            self.max_attempts,
+            self.run_at,
+            self.message_timestamp,
+        ) = row
+        self.worker = worker
+        self.job_type = job_type
+        self.options: dict[str, Any] = {} if options == "{}" else json.loads(options)
+        self.options["max_retries"] = None if self.max_attempts is None else self.max_attempts - 1
+        self.order: tuple[int, datetime, str] = (self.priority, self.run_at, self.message_id)
+        self.failed = False
+        self.dead = False
+        self.stopped: str | None = None
+        self.retry_delay: float | None = None
+        self.result = "null"
+        self.outcome: str | None = None
+        self.followups: list[Any] = []
+        self.deadline: float | None = None
+        self.stop_asked_at: float | None = None
+        self.job = LiveJob(self)
+        self._exception: BaseException | None = None
+        self._inside = self._throwing = self._thrown = False
+        self._thread = 0
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What the actor is called with. The actor of a job type gets this object, and validates the payload itself."""
+        return (self,) if self.job_type is not None else tuple(self.options.get("args", ()))
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments the actor is called with."""
+        return {} if self.job_type is not None else json.loads(self.payload)
+
+    @cached_property
+    def _message(self) -> Message[Any]:
+        """The Dramatiq message, for whoever wants it whole (callbacks, pipelines, middleware of the user's)."""
+        return Message(
+            queue_name=self.queue_name,
+            actor_name=self.actor_name,
+            args=tuple(self.options.get("args", ())),
+            kwargs=json.loads(self.payload),
+            options=self.options,
+            message_id=self.message_id,
+            message_timestamp=self.message_timestamp,
+        )
+
+    def __lt__(self, other: RunningJob) -> bool:
+        return self.order < other.order
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __str__(self) -> str:
+        return f"{self.actor_name} {self.message_id} (attempt {self.attempt})"
+
+    def lasting_options(self) -> dict[str, Any]:
+        """The options that belong in the row: what Dramatiq derives again at each attempt stays out."""
+        kept = {name: value for name, value in self.options.items() if name not in _VOLATILE}
+        if "args" in self.options:
+            kept["args"] = self.options["args"]
+        return kept
+
+    @property
+    def left(self) -> bool:
+        """Whether the job's function has ended, so that what happens now belongs to the attempt's end."""
+        return not self._inside and self._thread != 0
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the job's own function. JobStopped can be thrown into the thread from here on, and not after."""
+        ended = False
+        result = None
+        self._thread = threading.get_ident()
+        try:
+            self._inside = True
+            result = function(*args, **kwargs)
+            ended = True
+            self._leave()
+        except JobStopped:
+            # Thrown at most once. It may have come too late, while leaving: then the function has ended all the same.
+            self._leave()
+            if not ended:
+                raise
+        except BaseException:
+            self._leave()
+            raise
+        return result
+
+    def stop(self, reason: str) -> None:
+        """Ask the job to stop: `job.stopping` is true from here on, and `job.checkpoint()` raises. The first reason stays."""
+        if self.job.stop_reason is None or self.job.stop_reason == "shutdown":
+            self.job.stop_reason = reason
+            self.stop_asked_at = time.monotonic()
+
+    def throw(self) -> None:
+        """Raise JobStopped in the job's thread, once, if it is inside the job's function right now."""
+        self._throwing = True
+        try:
+            if self._inside and not self._thrown:
+                self._thrown = True
+                _throw(ctypes.c_ulong(self._thread), ctypes.py_object(JobStopped))
+        finally:
+            self._throwing = False
+
+    def _leave(self) -> None:
+        self._inside = False
+        while self._throwing:
+            time.sleep(0.0001)
+        if self._thrown:
+            # Set and not delivered yet: take it back. (Delivered on the way here, it was caught by `call`.)
+            _throw(ctypes.c_ulong(self._thread), None)
+
+
+class LiveJob(Job):
+    """The `job` a function gets in a worker: what it says is kept for the job's record until the next report."""
+
+    def __init__(self, running: RunningJob) -> None:
+        self._running = running
+        self.id = running.message_id
+        self.type = running.actor_name
+        self.attempt = running.attempt
+        self.lines = []
+        self.fraction = None
+        self.stop_reason = None
+        self.must_end = False
+        self.unreported: list[tuple[float, str, str]] = []
+        self.latest: dict[str, Any] | None = None
+
+    def log(self, line: str) -> None:
+        """Add a line to the job's timeline."""
+        self.unreported.append((time.time(), "log", str(line)))
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """Say how far the job is: `fraction` from 0 to 1, and a few words. Raises ValueError outside that range."""
+        super().progress(fraction, message)
+        self.latest = {"fraction": float(fraction), "message": str(message)}
+
+    def checkpoint(self) -> None:
+        """Raise JobStopped when the job has to stop. A shutdown lets it go on until its grace is used up."""
+        if self.stop_reason is not None and (self.stop_reason != "shutdown" or self.must_end):
+            raise JobStopped(self.stop_reason)

@@ -1,0 +1,141 @@
+"""Every environment variable: its type, its default, and one line of help. Nothing else reads the environment.
+
+`Settings()` reads the process's environment and `.env` in the current directory; keyword arguments win over both, and so
+a test says `Settings(port=0)`. The names are those of the variables in lower case.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from jobsys.errors import SettingsError
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def seconds(value: Any) -> float:
+    """A duration in seconds, from `500ms`, `5s`, `10m`, `2h`, `1d`, or a number of seconds.
+
+    Raises ValueError when it is none of these, or negative, or not finite.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?\s*", str(value))
+    if isinstance(value, bool) or match is None:
+        raise ValueError(f'"{value}" is not a duration such as 500ms, 5s, 10m, 2h or a number of seconds')
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def rate(value: Any) -> tuple[int, float]:
+    """`n/period` as (n, seconds): `1/5s`, `600/minute`, `10/1m`; `0` means no limit and is (0, 0.0)."""
+    text = str(value).strip()
+    if text == "0":
+        return (0, 0.0)
+    named = {"second": "1s", "minute": "1m", "hour": "1h", "day": "1d"}
+    match = re.fullmatch(r"(\d{1,9})\s*/\s*(.+)", text)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f'"{value}" is not a rate such as 1/5s or 600/minute, nor 0 for no limit')
+    period = seconds(named.get(match[2].strip(), match[2]))
+    if period <= 0:
+        raise ValueError(f'the period in "{value}" must be longer than nothing')
+    return (int(match[1]), period)
+
+
+Duration = Annotated[float, BeforeValidator(seconds)]
+Rate = Annotated[tuple[int, float], NoDecode, BeforeValidator(lambda value: value if isinstance(value, tuple) else rate(value))]
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseSettings):
+    """The configuration of one installation. Frozen; made once per process and passed to whatever needs it."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    host: str = Field("127.0.0.1", description="Address the web server listens on.")
+    port: Port = Field(3000, description="Port the web server listens on.")
+    database_url: str | None = Field(None, description="PostgreSQL to use. Unset: the one `bin/dev` keeps under DATA_DIR.")
+    data_dir: Path = Field(Path("var"), description="Where `bin/dev` keeps its database, mail and state.")
+    output_dir: Path = Field(Path("output"), description="Where CSV_EXPORT writes its files.")
+
+    smtp_host: str | None = Field(None, description="Mail server. Unset: the mail catcher of `bin/dev` on this machine.")
+    smtp_port: Port = Field(1025, description="Port of the mail server.")
+    smtp_user: str | None = Field(None, description="User name at the mail server.")
+    smtp_password: str | None = Field(None, repr=False, description="Password at the mail server.")
+    smtp_tls: str = Field("none", description="`none`, `starttls` or `tls`; certificates are verified.")
+    mail_from: str = Field("jobsys@localhost", description="Sender of every mail.")
+
+    admin_user: str | None = Field(None, description="User name for `/admin/*` (HTTP Basic).")
+    admin_pass: str | None = Field(None, repr=False, description="Password for `/admin/*`.")
+    admin_password: str | None = Field(None, repr=False, description="Synonym of ADMIN_PASS; the user is then `admin` unless ADMIN_USER is set.")
+    allow_insecure: bool = Field(False, description="`1` permits listening beyond loopback without credentials.")
+    jwt_secret: str | None = Field(None, repr=False, description="Reserved for bearer tokens; when set, the API refuses to start until they exist.")
+
+    web_processes: Count = Field(2, description="Web server processes.")
+    web_threads: Count = Field(8, description="Threads in each of them.")
+    worker_processes: Count = Field(2, description="Worker processes that `jobsys worker` keeps running.")
+    worker_threads: Count = Field(8, description="Jobs each of them runs at a time.")
+
+    max_retries: int = Field(3, ge=0, le=1000, description="Retries after the first attempt, for types that don't say.")
+    retry_min_backoff: Duration = Field(1.0, description="Wait before the first retry; doubles with each, with jitter.")
+    retry_max_backoff: Duration = Field(300.0, description="Longest wait between two attempts.")
+    max_crashes: Count = Field(3, description="A job running when its worker died this often is dead-lettered.")
+
+    ingest_rate: Rate = Field((1, 5.0), description="Pace of ingestion batches over all workers: n/period, evenly spaced; 0 is unlimited.")
+    ingest_batch_size: Count = Field(3, description="Ids per ingestion batch.")
+    ingest_url: str | None = Field(None, description="URL template with `{id}` that ingestion fetches. Unset: nothing is fetched.")
+
+    retention_days: int = Field(30, ge=0, description="Finished jobs are removed after this many days; 0 keeps all.")
+    worker_heartbeat: Duration = Field(5.0, gt=0, description="How often a worker process says that it lives.")
+    worker_lost_after: Duration = Field(30.0, gt=0, description="Silence after which its jobs go back to the queue.")
+    poll_interval: Duration = Field(1.0, gt=0, description="How often workers look for jobs when no notification comes.")
+    shutdown_grace: Duration = Field(30.0, description="Time running jobs get to finish after SIGTERM.")
+
+    job_modules: Annotated[list[str], NoDecode] = Field([], description="Comma-separated modules with your own job types.")
+    log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_file: Path | None = Field(None, description="Also write the log, as JSON lines, to this file.")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError("; ".join(_complaint(each) for each in error.errors())) from None
+
+    @field_validator("job_modules", mode="before")
+    @classmethod
+    def _split_modules(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+    @field_validator("smtp_tls", "log_level")
+    @classmethod
+    def _known_word(cls, value: str, info: Any) -> str:
+        words = {"smtp_tls": ("none", "starttls", "tls"), "log_level": ("DEBUG", "INFO", "WARNING", "ERROR")}[info.field_name]
+        for word in words:
+            if value.lower() == word.lower():
+                return word
+        raise ValueError(f'"{value}" is not one of {", ".join(words)}')
+
+    @field_validator("ingest_url")
+    @classmethod
+    def _has_place_for_id(cls, value: str | None) -> str | None:
+        if value is not None and ("{id}" not in value or not value.startswith(("http://", "https://"))):
+            raise ValueError("must start with http:// or https:// and contain {id}")
+        return value
+
+    @property
+    def admin_credentials(self) -> tuple[str, str] | None:
+        """(user, password) for `/admin/*`, or None when it is open."""
+        password = self.admin_pass or self.admin_password
+        user = self.admin_user or ("admin" if self.admin_password else None)
+        return (user, password) if user and password else None
+
+
+def _complaint(error: Any) -> str:
+    name = str(error["loc"][0]).upper() if error["loc"] else "settings"
+    return f"{name}: {str(error['msg']).removeprefix('Value error, ')}"

@@ -1,0 +1,156 @@
+"""Writing how attempts ended: in groups, fenced, and never lost while the process lives.
+
+The thread that ends a job hands the outcome over. If nobody is writing it writes at once, and goes on until nothing is left; whatever the others
+finish meanwhile goes into its next group. So a job that is alone is written at once, and a crowd shares commits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import psycopg2
+from dramatiq.errors import ConnectionError
+
+from jobsys import db, logs
+from jobsys.errors import DatabaseUnavailable
+from jobsys.job_types import encode
+from jobsys.running import RunningJob
+
+LARGEST_GROUP = 500
+log = logs.get(__name__)
+
+
+class Submitted(NamedTuple):
+    """A job on its way into the table; the fields are the parameters of the statement `submit`. payload and options are JSON text."""
+
+    id: str
+    type: str
+    queue: str
+    priority: int
+    payload: str
+    options: str
+    max_attempts: int | None
+    run_at: Any
+    delay: float | None
+    group_id: str | None
+    idempotency_key: str | None
+
+
+class Failed(NamedTuple):
+    """What is kept of an exception, as text PostgreSQL can hold."""
+
+    type: str
+    message: str
+    traceback: str
+    fingerprint: str
+
+
+class Outcome(NamedTuple):
+    """How one attempt ended: the name of the statement that writes it, and that statement's parameters for this job."""
+
+    statement: str
+    job: RunningJob
+    parameters: dict[str, Any]
+
+
+def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
+    """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those that went in."""
+    columns = zip(*jobs, strict=True)
+    return db.run(connection, "submit", **{name: list(column) for name, column in zip(Submitted._fields, columns, strict=True)})
+
+
+class Settlements:
+    """The outcomes of one process on their way into the database."""
+
+    def __init__(self, database: db.Database, *, lost: Callable[[RunningJob], None]) -> None:
+        self._database = database
+        self._lost = lost
+        self._waiting: deque[Outcome] = deque()
+        self._lock = threading.Lock()
+        self._writing = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, outcome: Outcome) -> None:
+        """Take an outcome over. Raises Dramatiq's ConnectionError when the database is away; what was taken over is kept, and
+        the next `add` or `write` tries again on a fresh connection. An outcome for a job that has one is ignored."""
+        with self._lock:
+            if outcome.job.outcome is None:
+                outcome.job.outcome = outcome.statement
+                self._waiting.append(outcome)
+        self.write()
+
+    def write(self) -> None:
+        """Write whatever waits, unless another thread is at it. Raises Dramatiq's ConnectionError as `add` does."""
+        while True:
+            with self._lock:
+                if self._writing or not self._waiting:
+                    return
+                self._writing = True
+                group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_GROUP))]
+            try:
+                self._write_group(group)
+            except DatabaseUnavailable as error:
+                with self._lock:
+                    self._waiting.extendleft(reversed(group))
+                raise ConnectionError(str(error)) from error
+            finally:
+                self._writing = False
+
+    def _write_group(self, group: list[Outcome]) -> None:
+        try:
+            self._write_together(group)
+        except psycopg2.Error as error:
+            if len(group) > 1:
+                # One of them can't be stored. The others can.
+                for outcome in group:
+                    self._write_group([outcome])
+            else:
+                self._write_as_failure(group[0], error)
+
+    def _write_together(self, group: list[Outcome]) -> None:
+        by_statement: defaultdict[str, list[Outcome]] = defaultdict(list)
+        for outcome in group:
+            by_statement[outcome.statement].append(outcome)
+        alone = len(by_statement) == 1 and not any(outcome.job.followups for outcome in group)
+        with self._database.connection() if alone else self._database.transaction() as connection:
+            written = {
+                row[0] for statement in sorted(by_statement) for row in db.run(connection, statement, **_columns(by_statement[statement]))
+            }
+            followups = [job for outcome in group if outcome.job.message_id in written for job in outcome.job.followups]
+            if followups:
+                insert(connection, followups)
+        for outcome in group:
+            if outcome.job.message_id not in written:
+                self._lost(outcome.job)
+
+    def _write_as_failure(self, outcome: Outcome, error: psycopg2.Error) -> None:
+        """The outcome itself can't be stored (a result jsonb refuses, a value out of range): that is the failure to keep."""
+        log.error("outcome can't be stored", job_id=outcome.job.message_id, error=str(error))
+        outcome.job.followups = []
+        text = f"the outcome of this attempt can't be stored: {str(error).strip()}"
+        failed = Failed(type(error).__name__, plain_text(text), "", "outcome")
+        parameters = {"status": "FAILED", "options": encode({}), **failed._asdict()}
+        try:
+            self._write_together([Outcome("bury", outcome.job, parameters)])
+        except psycopg2.Error:
+            log.exception("neither the outcome nor its failure can be stored", job_id=outcome.job.message_id)
+
+
+def plain_text(text: str, limit: int = 20_000) -> str:
+    """`text` as PostgreSQL can store it: NUL and lone surrogates become U+FFFD, and what is beyond `limit` characters is cut out of the middle."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}\n… {len(text) - limit} characters left out …\n{text[-limit // 2 :]}"
+    return text.replace("\x00", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _columns(outcomes: list[Outcome]) -> dict[str, list[Any]]:
+    outcomes = sorted(outcomes, key=lambda outcome: outcome.job.message_id)
+    columns: dict[str, list[Any]] = {"id": [o.job.message_id for o in outcomes], "claim": [o.job.claim for o in outcomes]}
+    for name in outcomes[0].parameters:
+        columns[name] = [outcome.parameters[name] for outcome in outcomes]
+    return columns

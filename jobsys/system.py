@@ -1,0 +1,565 @@
+"""JobSystem: the one object that the API, the admin UI, the CLI, the tests and your programs talk to."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+import psycopg2
+
+from jobsys import db
+from jobsys.broker import JobsBroker
+from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
+from jobsys.ids import is_job_id, new_job_id
+from jobsys.job_types import Registry, priority_number, registry
+from jobsys.settings import Settings
+from jobsys.settlements import Submitted, insert
+
+STATUSES = ("SCHEDULED", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD", "CANCELLED")
+FINISHED = ("COMPLETED", "FAILED", "DEAD", "CANCELLED")
+LONGEST_DELAY = 10 * 366 * 86400
+"""Seconds: a job can be scheduled ten years ahead."""
+LARGEST_INSERT = 1000
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One job as it stands. Times are aware, in UTC; `attempt` counts the starts, `error` is the last failed attempt's."""
+
+    id: str
+    type: str
+    queue: str
+    priority: int
+    payload: dict[str, Any]
+    options: dict[str, Any]
+    status: str
+    attempt: int
+    max_attempts: int | None
+    run_at: datetime
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    worker: str | None
+    result: Any
+    error: dict[str, Any] | None
+    progress: dict[str, Any] | None
+    group_id: str | None
+    idempotency_key: str | None
+    stop_requested: bool
+    replayed: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has ended."""
+        return self.status in FINISHED
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to be submitted, for `submit_many`; the fields are the arguments of `JobSystem.submit`."""
+
+    type: str
+    payload: Any = None
+    priority: str | None = None
+    delay: float | None = None
+    run_at: datetime | None = None
+    max_retries: int | None = None
+    group_id: str | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some jobs, newest first, and the cursor that continues the list, or None at its end."""
+
+    jobs: list[JobRecord]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt. `duration` is in seconds; failures alike in kind and place share a fingerprint."""
+
+    attempt: int
+    at: datetime
+    worker: str
+    type: str
+    message: str
+    traceback: str
+    duration: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """One entry of a job's timeline."""
+
+    at: datetime
+    kind: str
+    attempt: int | None = None
+    by: str | None = None
+    message: str | None = None
+    detail: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """A queue as the operator sees it. `rate` is (starts, seconds); `workers` counts the live processes that serve it."""
+
+    name: str
+    paused: bool
+    rate: tuple[int, float] | None
+    max_running: int | None
+    counts: dict[str, int]
+    oldest_due: datetime | None
+    workers: int
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """A worker process. It is alive while its heart beats."""
+
+    id: str
+    host: str
+    pid: int
+    version: str
+    queues: list[str]
+    types: list[str]
+    threads: int
+    started_at: datetime
+    heartbeat_at: datetime
+    alive: bool
+    running: int
+
+
+class JobSystem:
+    """jobsys in a program: submit jobs, look at them, act on them. Safe for threads; opens no connection before it needs one.
+
+    `JobSystem()` reads the environment. Every method raises DatabaseUnavailable when PostgreSQL is away or takes over 5 s.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, pool_size: int = 8) -> None:
+        self.settings = settings or Settings()
+        self.types: Registry = registry.load(self.settings.job_modules)
+        self.database = db.Database(db.url_of(self.settings), size=pool_size, statement_timeout=5.0)
+        self.broker = JobsBroker(self.database, settings=self.settings, types=self.types)
+
+    # Submitting
+
+    def submit(
+        self,
+        type: str,
+        payload: Any = None,
+        *,
+        priority: str | None = None,
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        max_retries: int | None = None,
+        group_id: str | None = None,
+        idempotency_key: str | None = None,
+        connection: Any = None,
+    ) -> JobRecord:
+        """Submit one job; committed when this returns.
+
+        `delay` is in seconds, `run_at` an aware datetime (one of the two, or neither for now). With `connection`, a psycopg2 connection of yours, the
+        job is part of your transaction: it exists and runs if and when you commit. The same idempotency key again answers the first job, with
+        `replayed` true. Raises InvalidSubmission, which names each wrong field.
+        """
+        submission = Submission(type, payload, priority, delay, run_at, max_retries, group_id, idempotency_key)
+        submitted = self._described(submission, ())
+        if connection is not None:
+            with db.translated():
+                return self._insert_one(connection, submitted)
+        with self.database.connection() as own:
+            return self._insert_one(own, submitted)
+
+    def submit_many(self, submissions: Iterable[Submission], *, connection: Any = None) -> list[str]:
+        """Submit many jobs in one transaction, all or none; their ids, in the order given.
+
+        A job whose idempotency key was used before is not made again: its place has the first job's id. Raises InvalidSubmission with the
+        item's number at the front of each `loc`.
+        """
+        described = [self._described(submission, (number,)) for number, submission in enumerate(submissions)]
+        if connection is not None:
+            with db.translated():
+                return self._insert_all(connection, described)
+        with self.database.transaction() as own:
+            return self._insert_all(own, described)
+
+    # Reading
+
+    def job(self, job_id: str) -> JobRecord:
+        """One job. Raises JobNotFound."""
+        rows = self.database.run("job", id=_known_id(job_id))
+        if not rows:
+            raise JobNotFound(job_id)
+        return _record(rows[0])
+
+    def jobs(
+        self,
+        *,
+        status: str | Iterable[str] | None = None,
+        type: str | None = None,
+        queue: str | None = None,
+        priority: str | None = None,
+        group_id: str | None = None,
+        q: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> Page:
+        """A page of jobs, newest first. Filters narrow it together; `q` is text found in type, payload or error, or a job's id.
+
+        Raises InvalidSubmission for a filter that can't be: a status there is not, a cursor that is none of ours.
+        """
+        where: dict[str, Any] = {}
+        if status is not None:
+            statuses = [status] if isinstance(status, str) else list(status)
+            if unknown := set(statuses) - set(STATUSES):
+                raise InvalidSubmission.of(["status"], f'status "{unknown.pop()}" is not one of {", ".join(STATUSES)}')
+            # Constants, so that the planner can use the index of broken jobs; they were just checked.
+            where[f"status in ({', '.join(repr(each) for each in statuses)})"] = {}
+        if type is not None:
+            where["type = %(type)s"] = {"type": self.types.find(type).name if type.lower() in self.types.names else type}
+        if queue is not None:
+            where["queue = %(queue)s"] = {"queue": queue}
+        if priority is not None:
+            where["priority = %(priority)s"] = {"priority": priority_number(priority)}
+        if group_id is not None:
+            if not is_job_id(group_id):
+                return Page([], None)
+            where["group_id = %(group_id)s"] = {"group_id": group_id}
+        if created_after is not None:
+            where["created_at >= %(created_after)s"] = {"created_after": created_after}
+        if created_before is not None:
+            where["created_at < %(created_before)s"] = {"created_before": created_before}
+        if q is not None:
+            if is_job_id(q):
+                where["(id = %(q)s or group_id = %(q)s)"] = {"q": q}
+            else:
+                where["(type ilike %(q)s or payload::text ilike %(q)s or error::text ilike %(q)s)"] = {"q": f"%{_like(q)}%"}
+        if cursor is not None:
+            if not is_job_id(cursor):
+                raise InvalidSubmission.of(["cursor"], "is not a cursor that an earlier page gave")
+            where["id < %(cursor)s"] = {"cursor": cursor}
+        parameters = {name: value for each in where.values() for name, value in each.items()}
+        statement = db.STATEMENTS["jobs"].replace("{conditions}", " and ".join(where) or "true")
+        with self.database.connection() as connection, connection.cursor() as run:
+            run.execute(statement, {**parameters, "limit": limit + 1})
+            rows = run.fetchall()
+        records = [_record(row) for row in rows[:limit]]
+        return Page(records, records[-1].id if len(rows) > limit else None)
+
+    def wait(self, job_id: str, timeout: float) -> JobRecord:
+        """The job as soon as it has ended, else as it is after `timeout` seconds. Raises JobNotFound."""
+        deadline = time.monotonic() + timeout
+        pause = 0.01
+        while True:
+            record = self.job(job_id)
+            left = deadline - time.monotonic()
+            if record.finished or left <= 0:
+                return record
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.3, 0.25)
+
+    def group(self, group_id: str) -> list[JobRecord]:
+        """The jobs of a group, in the order they were submitted; [] when there is no such group."""
+        return [_record(row) for row in self.database.run("group", group_id=group_id)] if is_job_id(group_id) else []
+
+    def failures(self, job_id: str) -> list[Failure]:
+        """The failed attempts of a job, oldest first."""
+        return [Failure(row[0], _utc(row[1]), *row[2:]) for row in self.database.run("failures", id=_known_id(job_id))]
+
+    def events(self, job_id: str) -> list[Event]:
+        """The timeline of a job, oldest first. Raises JobNotFound."""
+        record = self.job(job_id)
+        events = [Event(_utc(at), kind, attempt, by, message) for at, kind, attempt, by, message in self.database.run("events", id=job_id)]
+        events.append(Event(record.created_at, "created"))
+        if record.status == "SCHEDULED":
+            events.append(Event(record.run_at, "due"))
+        for failure in self.failures(job_id):
+            detail = {"type": failure.type, "traceback": failure.traceback, "worker": failure.worker, "duration": failure.duration}
+            events.append(Event(failure.at, "failed", failure.attempt, None, failure.message, detail))
+        if record.started_at is not None:
+            events.append(Event(record.started_at, "started", record.attempt, None, None, {"worker": record.worker}))
+        if record.finished_at is not None:
+            events.append(Event(record.finished_at, "finished", record.attempt, None, record.status))
+        return sorted(events, key=lambda event: event.at)
+
+    # The operator's verbs
+
+    def cancel(self, job_id: str, by: str | None = None) -> JobRecord:
+        """Cancel a waiting job at once; ask a running one to stop. Raises JobNotFound, WrongState."""
+        return self._act("cancel", job_id, "cancelled", ("SCHEDULED", "PENDING", "PROCESSING"), by=by, stop="cancel")
+
+    def retry(self, job_id: str, by: str | None = None) -> JobRecord:
+        """Put an ended job back into the queue; attempts start again at 0, history is kept. Raises JobNotFound, WrongState."""
+        return self._act("requeue", job_id, "retried", ("FAILED", "DEAD", "CANCELLED"), by=by)
+
+    def bury(self, job_id: str, by: str | None = None) -> JobRecord:
+        """Dead-letter a job that waits or failed. Raises JobNotFound, WrongState."""
+        return self._act("bury_job", job_id, "dead-lettered", ("FAILED", "SCHEDULED", "PENDING"), by=by)
+
+    def remove(self, job_id: str, by: str | None = None) -> bool:
+        """Remove a job and its history. True: it is gone. False: it runs and was asked to stop; it goes when it has. Raises JobNotFound."""
+        if self.database.run("remove", id=_known_id(job_id)):
+            return True
+        rows = self.database.run("cancel", id=job_id, by=by, stop="remove")
+        if not rows:
+            raise JobNotFound(job_id)
+        if not rows[0][1] or rows[0][0] != "PROCESSING":
+            # It ended, or was given back, between the two statements.
+            return bool(self.database.run("remove", id=job_id)) or self.remove(job_id, by)
+        return False
+
+    # Queues, workers, numbers
+
+    def pause(self, queue: str, by: str | None = None) -> None:
+        """Start no further job of this queue, anywhere. What runs goes on."""
+        self.database.run("pause_queue", queue=queue, paused=True)
+
+    def resume(self, queue: str, by: str | None = None) -> None:
+        """Undo `pause`."""
+        self.database.run("pause_queue", queue=queue, paused=False)
+        self.database.run("wake_queue", queue=queue)
+
+    def limit(self, queue: str, *, rate: tuple[int, float] | None = None, max_running: int | None = None) -> None:
+        """Limit a queue over all workers: `rate` is (starts, seconds), evenly spaced. None takes a limit away. Takes effect at once."""
+        count, period = rate if rate is not None else (None, None)
+        self.database.run("set_limits", queue=queue, rate_count=count, rate_period=period, max_running=max_running)
+
+    def queues(self) -> list[QueueState]:
+        """Every queue that has a job, a limit or a worker."""
+        waiting: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for queue, _, status, entered, departed in self._counts():
+            if status in ("SCHEDULED", "PENDING", "PROCESSING"):
+                waiting[queue][status] = waiting[queue].get(status, 0) + entered - departed
+        limits = {name: (paused, count, period, running) for name, paused, count, period, running in self.database.run("queue_settings")}
+        alive = [worker for worker in self.workers() if worker.alive]
+        names = sorted({*waiting, *limits, *(queue for worker in alive for queue in worker.queues)})
+        states = []
+        for name in names:
+            paused, count, period, max_running = limits.get(name, (False, None, None, None))
+            oldest = self.database.run("oldest_due", queue=name) if waiting[name].get("PENDING") else []
+            states.append(
+                QueueState(
+                    name=name,
+                    paused=paused,
+                    rate=None if count is None else (count, period),
+                    max_running=max_running,
+                    counts=waiting[name],
+                    oldest_due=_utc(oldest[0][0]) if oldest else None,
+                    workers=sum(name in worker.queues for worker in alive),
+                )
+            )
+        return states
+
+    def workers(self) -> list[WorkerState]:
+        """Every worker process that has not left, oldest first."""
+        return [WorkerState(*row[:7], _utc(row[7]), _utc(row[8]), *row[9:]) for row in self.database.run("workers")]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are in each status. Exact, and never a look at the jobs themselves."""
+        counts = dict.fromkeys(STATUSES, 0)
+        for _, _, status, entered, departed in self._counts():
+            if status in counts:
+                counts[status] += entered - departed
+        return counts
+
+    def totals(self) -> dict[str, int]:
+        """What has happened since the database was made, exact, whatever was removed since; and how many jobs wait and run now."""
+        entered: defaultdict[str, int] = defaultdict(int)
+        live: defaultdict[str, int] = defaultdict(int)
+        for _, _, status, came, went in self._counts():
+            entered[status] += came
+            live[status] += came - went
+        return {
+            "jobs_created": entered["CREATED"],
+            "jobs_pending": live["PENDING"],
+            "jobs_scheduled": live["SCHEDULED"],
+            "jobs_processing": live["PROCESSING"],
+            "jobs_success": entered["COMPLETED"],
+            "jobs_failed": entered["FAILED"],
+            "jobs_retried": entered["RETRIED"],
+            "jobs_dlq": entered["DEAD"],
+            "jobs_cancelled": entered["CANCELLED"],
+        }
+
+    def health(self) -> dict[str, Any]:
+        """`database`: it answers. `broker`: a live worker serves every queue that has due jobs. `workers`: how many live. Raises nothing."""
+        try:
+            queues = self.queues()
+            workers = sum(worker.alive for worker in self.workers())
+        except (DatabaseUnavailable, psycopg2.Error):
+            return {"database": False, "broker": False, "workers": 0}
+        return {"database": True, "broker": all(queue.workers for queue in queues if queue.oldest_due is not None), "workers": workers}
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self.broker.close()
+
+    def _described(self, submission: Submission, loc: tuple[str | int, ...]) -> Submitted:
+        """The submission as a row, checked. Raises InvalidSubmission with `loc` in front."""
+        try:
+            job_type = self.types.find(submission.type)
+            payload = job_type.check({} if submission.payload is None else submission.payload)
+            priority = priority_number(submission.priority if submission.priority is not None else job_type.priority)
+            retries = submission.max_retries
+            if retries is None:
+                retries = self.settings.max_retries if job_type.max_retries is None else job_type.max_retries
+            elif isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 1000:
+                raise InvalidSubmission.of(["maxRetries"], "must be a whole number from 0 to 1000")
+            return Submitted(
+                id=new_job_id(),
+                type=job_type.name,
+                queue=job_type.queue,
+                priority=priority,
+                payload=payload,
+                options="{}",
+                max_attempts=retries + 1,
+                run_at=_checked_run_at(submission),
+                delay=_checked_delay(submission),
+                group_id=submission.group_id,
+                idempotency_key=_checked_key(submission.idempotency_key),
+            )
+        except InvalidSubmission as error:
+            if not loc:
+                raise
+            raise InvalidSubmission([{"loc": [*loc, *each["loc"]], "msg": each["msg"]} for each in error.errors]) from None
+
+    def _insert_one(self, connection: Any, job: Submitted) -> JobRecord:
+        try:
+            rows = insert(connection, [job])
+        except psycopg2.DataError as error:
+            raise InvalidSubmission.of(["payload"], f"PostgreSQL can't store it: {str(error).splitlines()[0]}") from None
+        if rows:
+            _, status, run_at, created_at = rows[0]
+            return _new_record(job, status, _utc(run_at), _utc(created_at))
+        first, same = self._first_with_key(connection, job)
+        if not same:
+            raise IdempotencyConflict(str(job.idempotency_key))
+        return replace(_record(db.run(connection, "job", id=first)[0]), replayed=True)
+
+    def _insert_all(self, connection: Any, jobs: list[Submitted]) -> list[str]:
+        ids = []
+        for start in range(0, len(jobs), LARGEST_INSERT):
+            some = jobs[start : start + LARGEST_INSERT]
+            try:
+                inserted = {row[0] for row in insert(connection, some)}
+            except psycopg2.DataError as error:
+                raise InvalidSubmission.of([], f"PostgreSQL can't store one of them: {str(error).splitlines()[0]}") from None
+            for number, job in enumerate(some, start):
+                if job.id in inserted:
+                    ids.append(job.id)
+                    continue
+                first, same = self._first_with_key(connection, job)
+                if not same:
+                    raise InvalidSubmission([{"loc": [number, *each["loc"]], "msg": each["msg"]} for each in IdempotencyConflict(str(job.idempotency_key)).errors])
+                ids.append(first)
+        return ids
+
+    def _first_with_key(self, connection: Any, job: Submitted) -> tuple[str, bool]:
+        rows = db.run(
+            connection,
+            "find_idempotent",
+            idempotency_key=job.idempotency_key,
+            type=job.type,
+            priority=job.priority,
+            payload=job.payload,
+            max_attempts=job.max_attempts,
+        )
+        if not rows:
+            raise DatabaseUnavailable("the job with this idempotency key is just being removed; try again")
+        return rows[0]
+
+    def _act(self, statement: str, job_id: str, verb: str, allowed: tuple[str, ...], **parameters: Any) -> JobRecord:
+        rows = self.database.run(statement, id=_known_id(job_id), **parameters)
+        if not rows:
+            raise JobNotFound(job_id)
+        status, changed = rows[0][:2]
+        if not changed:
+            raise WrongState(verb, status, allowed)
+        return self.job(job_id)
+
+    def _counts(self) -> list[db.Row]:
+        return self.database.run("counts")
+
+
+def _record(row: db.Row) -> JobRecord:
+    times = (_utc(value) if value is not None else None for value in row[9:13])
+    return JobRecord(*row[:9], *times, *row[13:])
+
+
+def _new_record(job: Submitted, status: str, run_at: datetime, created_at: datetime) -> JobRecord:
+    return JobRecord(
+        id=job.id,
+        type=job.type,
+        queue=job.queue,
+        priority=job.priority,
+        payload=json.loads(job.payload),
+        options={},
+        status=status,
+        attempt=0,
+        max_attempts=job.max_attempts,
+        run_at=run_at,
+        created_at=created_at,
+        started_at=None,
+        finished_at=None,
+        worker=None,
+        result=None,
+        error=None,
+        progress=None,
+        group_id=job.group_id,
+        idempotency_key=job.idempotency_key,
+        stop_requested=False,
+    )
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment.astimezone(timezone.utc)
+
+
+def _known_id(job_id: str) -> str:
+    if not is_job_id(job_id):
+        raise JobNotFound(str(job_id))
+    return job_id
+
+
+def _like(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+
+
+def _checked_delay(submission: Submission) -> float | None:
+    delay = submission.delay
+    if delay is None:
+        return None
+    if submission.run_at is not None:
+        raise InvalidSubmission.of(["delay"], "give either runAt or delay, not both")
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay <= LONGEST_DELAY:
+        raise InvalidSubmission.of(["delay"], f"must be a number of seconds from 0 to {LONGEST_DELAY}")
+    return float(delay)
+
+
+def _checked_run_at(submission: Submission) -> datetime | None:
+    run_at = submission.run_at
+    if run_at is None:
+        return None
+    if not isinstance(run_at, datetime) or run_at.tzinfo is None:
+        raise InvalidSubmission.of(["runAt"], "must be a time with its offset from UTC, such as 2030-01-01T12:00:00Z")
+    if not 1970 <= run_at.year <= 9998:
+        raise InvalidSubmission.of(["runAt"], "must lie between the years 1970 and 9998")
+    return run_at
+
+
+def _checked_key(key: str | None) -> str | None:
+    if key is None:
+        return None
+    if not isinstance(key, str) or not 1 <= len(key) <= 255 or not key.isprintable():
+        raise InvalidSubmission.of(["idempotencyKey"], "must be 1 to 255 printable characters")
+    return key

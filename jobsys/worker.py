@@ -1,0 +1,198 @@
+"""The worker process put together, and the supervisor above it.
+
+`jobsys worker` keeps WORKER_PROCESSES processes running. It does so itself because Dramatiq's launcher ends every sibling when one dies, and
+so one poisonous job could stop the service. `dramatiq jobsys.worker:broker` works too, for whoever prefers it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import dramatiq
+
+from jobsys import db, logs
+from jobsys.errors import DatabaseUnavailable, JobsysError
+from jobsys.settings import Settings
+from jobsys.system import JobSystem
+
+REPLACED = 75
+"""Exit status of a process that asks to be replaced (EX_TEMPFAIL)."""
+LONGEST_PAUSE = 30.0
+HEALTHY_AFTER = 30.0
+"""Seconds a process must have lived for its end not to make the pause before its successor longer."""
+log = logs.get(__name__)
+
+
+def main(settings: Settings) -> int:
+    """Run the workers until SIGTERM or SIGINT; a second one hurries. 0 when everything ended in good order."""
+    logs.configure(settings, process="worker")
+    return Supervisor(settings).run()
+
+
+class Supervisor:
+    """Starts worker processes, restarts those that die with a growing pause, and ends them when it ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._children = [Child(number) for number in range(settings.worker_processes)]
+        self._signals = 0
+        self._wakeup = threading.Event()
+
+    def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        # When this process is killed, its end of the pipe closes, and its children see that.
+        alive, self._lifeline = os.pipe()
+        log.info("starting workers", processes=len(self._children), threads=self._settings.worker_threads)
+        forwarded = 0
+        hard_end = float("inf")
+        while True:
+            for child in self._children:
+                if child.reap() and self._signals == 0:
+                    self._mourn(child)
+                if self._signals == 0 and child.process is None and time.monotonic() >= child.start_at:
+                    child.start(alive)
+            if self._signals > forwarded:
+                forwarded = self._signals
+                hard_end = time.monotonic() + (self._settings.shutdown_grace if forwarded == 1 else 0) + 10
+                for child in self._children:
+                    child.send(signal.SIGTERM)
+            if self._signals and all(child.process is None for child in self._children):
+                log.info("all workers have ended")
+                return 0
+            if time.monotonic() > hard_end:
+                log.error("workers did not end in time and are killed")
+                for child in self._children:
+                    child.send(signal.SIGKILL)
+                return 1
+            self._wakeup.wait(0.1)
+            self._wakeup.clear()
+
+    def _on_signal(self, *_: Any) -> None:
+        self._signals += 1
+        self._wakeup.set()
+
+    def _mourn(self, child: Child) -> None:
+        log.warning("a worker process ended and will be replaced", pid=child.pid, status=_reading(child.status), pause=round(child.pause, 1))
+        if child.status not in (0, REPLACED):
+            with contextlib.suppress(JobsysError):
+                database = db.Database(db.url_of(self._settings), wait=2, name="jobsys supervisor")
+                database.run("report_death", host=socket.gethostname(), pid=child.pid)
+                database.close()
+
+
+class Child:
+    """One place in the row of worker processes, and the process that has it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pid = 0
+        self.status = 0
+        self.pause = 0.0
+        self.start_at = 0.0
+        self._started_at = 0.0
+
+    def start(self, lifeline: int) -> None:
+        """Start the process, in a session of its own so that a terminal's Ctrl-C reaches only the supervisor."""
+        command = [sys.executable, "-m", "jobsys.worker", str(lifeline)]
+        self.process = subprocess.Popen(command, pass_fds=[lifeline], start_new_session=True)
+        self.pid = self.process.pid
+        self._started_at = time.monotonic()
+
+    def reap(self) -> bool:
+        """Whether the process has ended since last asked; then also when its successor may start."""
+        if self.process is None or self.process.poll() is None:
+            return False
+        self.status = self.process.returncode
+        self.process = None
+        now = time.monotonic()
+        if self.status == REPLACED or now - self._started_at > HEALTHY_AFTER:
+            self.pause = 0.0
+        else:
+            self.pause = min(max(0.5, self.pause * 2), LONGEST_PAUSE)
+        self.start_at = now + self.pause
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process, if there is one."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
+    """One worker process, until it is told to stop; its exit status."""
+    logs.configure(settings, process="worker")
+    ends: list[str] = []
+    wakeup = threading.Event()
+
+    def end(reason: str) -> None:
+        ends.append(reason)
+        wakeup.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: end("signal"))
+    if lifeline is not None:
+        threading.Thread(target=_watch, args=(lifeline, end), daemon=True).start()
+    system = JobSystem(settings, pool_size=settings.worker_threads + 2)
+    with contextlib.suppress(DatabaseUnavailable):
+        limit_ingestion(system)
+    worker = dramatiq.Worker(system.broker, worker_threads=settings.worker_threads, worker_timeout=int(settings.poll_interval * 1000))
+    system.broker.emit_after("process_boot")
+    worker.start()
+    presence = system.broker.attend(threads=settings.worker_threads)
+    while not ends and not presence.must_end.is_set():
+        wakeup.wait(0.1)
+        wakeup.clear()
+    reasons = len(ends)
+    presence.stop_claiming()
+    deadline = time.monotonic() + settings.shutdown_grace
+    # A second signal hurries; a job that can't be stopped is written off already and is not waited for.
+    while any(job.outcome is None for job in list(presence.running)) and time.monotonic() < deadline and len(ends) <= max(1, reasons):
+        time.sleep(0.02)
+    worker.stop(timeout=int(0 if presence.running else 2000))
+    system.close()
+    log.info("worker has ended", reason=ends[0] if ends else "a job that could not be stopped")
+    return 0 if ends else REPLACED
+
+
+def limit_ingestion(system: JobSystem) -> None:
+    """Give the ingestion queue the pace of INGEST_RATE. The setting is the truth at every start of a worker."""
+    count, period = system.settings.ingest_rate
+    queue = system.types.find("INGEST_BATCH").queue
+    system.limit(queue, rate=(count, period) if count else None)
+
+
+def _watch(lifeline: int, end: Any) -> None:
+    """Wait for the supervisor's end of the pipe to close, which happens when it dies."""
+    os.read(lifeline, 1)
+    end("the supervisor is gone")
+
+
+def _reading(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else str(status)
+
+
+def __getattr__(name: str) -> object:
+    if name == "broker":
+        settings = Settings()
+        system = JobSystem(settings, pool_size=settings.worker_threads + 2)
+        dramatiq.set_broker(system.broker)
+        return system.broker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    status = run_process(Settings(), lifeline=int(sys.argv[1]) if len(sys.argv) > 1 else None)
+    sys.stderr.flush()
+    # Threads that ignore everything must not keep the process.
+    os._exit(status)

@@ -1,0 +1,125 @@
+-- Reads, and the operator's verbs. A verb's guard stands in its WHERE and it returns what changed: a lost race is a fact.
+-- Every verb leaves a line in `events` with who asked, in the same statement.
+
+-- name: job
+select
+    id::text, type, queue, priority, payload, options, status, attempt, max_attempts, run_at, created_at, started_at, finished_at,
+    worker::text, result, error, progress, group_id::text, idempotency_key, stop_requested is not null
+from jobs
+where id = %(id)s;
+
+-- name: jobs
+-- One page, newest first. The id is the order of arrival, so a page starts where the last one ended, however far that is.
+select
+    id::text, type, queue, priority, payload, options, status, attempt, max_attempts, run_at, created_at, started_at, finished_at,
+    worker::text, result, error, progress, group_id::text, idempotency_key, stop_requested is not null
+from jobs
+where {conditions}
+order by id desc
+limit %(limit)s;
+
+-- name: group
+select
+    id::text, type, queue, priority, payload, options, status, attempt, max_attempts, run_at, created_at, started_at, finished_at,
+    worker::text, result, error, progress, group_id::text, idempotency_key, stop_requested is not null
+from jobs
+where group_id = %(group_id)s
+order by id;
+
+-- name: find_idempotent
+-- The job that has this key, and whether it is the same job.
+select id::text, type = %(type)s and priority = %(priority)s and payload = %(payload)s::jsonb and max_attempts is not distinct from %(max_attempts)s
+from jobs
+where idempotency_key = %(idempotency_key)s;
+
+-- name: failures
+select attempt, at, worker::text, type, message, traceback, extract(epoch from at - started_at)::float8, fingerprint
+from failures
+where job_id = %(id)s
+order by claim;
+
+-- name: events
+select at, kind, attempt, by, message from events where job_id = %(id)s order by at;
+
+-- name: cancel
+-- A waiting job is cancelled at once, a running one is asked to stop; its worker is told through the channel.
+with target as (
+    select id, status from jobs where id = %(id)s for update
+), changed as (
+    update jobs
+    set status = case when jobs.status = 'PROCESSING' then jobs.status else 'CANCELLED' end,
+        finished_at = case when jobs.status = 'PROCESSING' then null else clock_timestamp() end,
+        stop_requested = case when jobs.status = 'PROCESSING' then coalesce(jobs.stop_requested, %(stop)s) else jobs.stop_requested end
+    from target
+    where jobs.id = target.id and jobs.status in ('SCHEDULED', 'PENDING', 'PROCESSING')
+    returning jobs.id, jobs.status, jobs.attempt
+), noted as (
+    insert into events (job_id, kind, attempt, by)
+    select id, case when status = 'CANCELLED' then 'cancelled' else 'stop requested' end, attempt, %(by)s from changed
+)
+select target.status, changed.id is not null, case when changed.status = 'PROCESSING' then pg_notify('jobsys', '') end
+from target left join changed using (id);
+
+-- name: requeue
+-- The operator's retry: attempts start again at 0, history is kept, and the claim number goes on.
+with target as (
+    select id, status from jobs where id = %(id)s for update
+), changed as (
+    update jobs
+    set status = 'PENDING', attempt = 0, crashes = 0, run_at = clock_timestamp(), started_at = null, finished_at = null,
+        worker = null, result = null, progress = null, stop_requested = null, options = options - 'retries'
+    from target
+    where jobs.id = target.id and jobs.status in ('FAILED', 'DEAD', 'CANCELLED')
+    returning jobs.id, jobs.queue, jobs.type
+), counted as (
+    insert into tally_log (queue, type, status, entered, departed)
+    select queue, type, 'RETRIED', 1, 0 from changed
+), noted as (
+    insert into events (job_id, kind, by) select id, 'retried', %(by)s from changed
+)
+select target.status, changed.id is not null from target left join changed using (id);
+
+-- name: bury_job
+-- The operator's dead letter.
+with target as (
+    select id, status from jobs where id = %(id)s for update
+), changed as (
+    update jobs
+    set status = 'DEAD', finished_at = clock_timestamp()
+    from target
+    where jobs.id = target.id and jobs.status in ('FAILED', 'SCHEDULED', 'PENDING')
+    returning jobs.id, jobs.attempt
+), noted as (
+    insert into events (job_id, kind, attempt, by) select id, 'buried', attempt, %(by)s from changed
+)
+select target.status, changed.id is not null from target left join changed using (id);
+
+-- name: remove
+delete from jobs where id = %(id)s and status <> 'PROCESSING' returning id::text;
+
+-- name: pause_queue
+insert into queues (name, paused) values (%(queue)s, %(paused)s)
+on conflict (name) do update set paused = excluded.paused;
+
+-- name: wake_queue
+select wake_workers(array[%(queue)s]);
+
+-- name: queue_settings
+select name, paused, rate_count, extract(epoch from rate_period)::float8, max_running from queues;
+
+-- name: oldest_due
+select run_at from jobs where status = 'PENDING' and queue = %(queue)s order by run_at limit 1;
+
+-- name: counts
+-- Live numbers by queue, type and status, from the sums and what the log still holds.
+select queue, type, status, sum(entered)::bigint, sum(departed)::bigint
+from (select * from tallies union all select * from tally_log) as moves
+group by queue, type, status;
+
+-- name: workers
+select
+    id::text, host, pid, version, queues, types, threads, started_at, heartbeat_at,
+    heartbeat_at > clock_timestamp() - least(lost_after, heartbeat * 3),
+    (select count(*) from jobs where jobs.status = 'PROCESSING' and jobs.worker = workers.id)
+from workers
+order by started_at, id;

@@ -1,0 +1,360 @@
+-- The broker's statements. Each begins with `-- name: …` and ends with the next name; %(x)s are psycopg2's bound parameters.
+-- What a worker writes names the id and the claim it holds, and returns the ids it changed: an id that is missing was lost.
+
+-- name: submit
+-- One job, or with arrays of a thousand a thousand. A key that is taken inserts nothing: `find_idempotent` then tells what it is.
+insert into jobs (id, type, queue, priority, payload, options, status, max_attempts, run_at, group_id, idempotency_key)
+select
+    id, type, queue, priority, payload, options,
+    case when due > clock_timestamp() then 'SCHEDULED' else 'PENDING' end,
+    max_attempts, coalesce(due, clock_timestamp()), group_id, idempotency_key
+from (
+    select job.*, coalesce(job.run_at, clock_timestamp() + job.delay * interval '1 second') as due
+    from unnest(
+        %(id)s::uuid[], %(type)s::text[], %(queue)s::text[], %(priority)s::smallint[], %(payload)s::jsonb[], %(options)s::jsonb[],
+        %(max_attempts)s::integer[], %(run_at)s::timestamptz[], %(delay)s::float8[], %(group_id)s::uuid[], %(idempotency_key)s::text[]
+    ) as job(id, type, queue, priority, payload, options, max_attempts, run_at, delay, group_id, idempotency_key)
+) as described
+on conflict (idempotency_key) where idempotency_key is not null do nothing
+returning id::text, status, run_at, created_at;
+
+-- name: claim
+-- Due jobs of one queue, most urgent first, first come first served within a priority; only types this worker knows, and
+-- nothing when the queue is paused or limited, or this worker has been declared lost. Each priority is looked through from where
+-- the last claim ended (see claims.py), because dead index entries before that place may be many while an old snapshot is held.
+-- `id = any(array(…))` keeps the update on the primary key whatever the planner thinks of the table's size.
+update jobs
+set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1, started_at = clock_timestamp(), worker = %(worker)s::uuid, progress = null
+where id = any(array(
+    select next.id
+    from unnest(%(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[]) as place(priority, run_at, id)
+    cross join lateral (
+        select jobs.id
+        from jobs
+        where jobs.status = 'PENDING'
+            and jobs.queue = %(queue)s
+            and jobs.priority = place.priority
+            and (jobs.run_at, jobs.id) > (place.run_at, place.id)
+            and jobs.type = any(%(types)s)
+        order by jobs.run_at, jobs.id
+        limit %(n)s
+        for update skip locked
+    ) as next
+    where exists (select from workers where workers.id = %(worker)s::uuid)
+        and not exists (select from queues where name = %(queue)s and (paused or rate_count is not null or max_running is not null))
+    limit %(n)s
+))
+returning id::text, type, queue, priority, payload::text, options::text, attempt, claim, max_attempts, run_at,
+    (extract(epoch from created_at) * 1000)::bigint;
+
+-- name: open_gate
+-- The limits of one queue, locked until the claim that spends them commits. Room is what max_running leaves; the count is taken by
+-- the next statement, whose snapshot is newer than this lock.
+select
+    paused,
+    max_running,
+    rate_count is not null,
+    greatest(extract(epoch from next_start_at - clock_timestamp()), 0)::float8
+from queues
+where name = %(queue)s
+for update;
+
+-- name: count_running
+select count(*) from jobs where status = 'PROCESSING' and queue = %(queue)s;
+
+-- name: claim_limited
+-- The same as claim, for whoever holds the gate.
+update jobs
+set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1, started_at = clock_timestamp(), worker = %(worker)s::uuid, progress = null
+where id = any(array(
+    select id
+    from jobs
+    where status = 'PENDING' and queue = %(queue)s and type = any(%(types)s)
+        and exists (select from workers where workers.id = %(worker)s::uuid)
+    order by priority, run_at, id
+    limit %(n)s
+    for update skip locked
+))
+returning id::text, type, queue, priority, payload::text, options::text, attempt, claim, max_attempts, run_at,
+    (extract(epoch from created_at) * 1000)::bigint;
+
+-- name: spend_start
+-- The next start of a paced queue is one spacing after the one just claimed.
+update queues
+set next_start_at = clock_timestamp() + rate_period / rate_count
+where name = %(queue)s and rate_count is not null
+returning extract(epoch from rate_period / rate_count)::float8;
+
+-- name: priorities
+-- The priorities that wait in a queue: one index probe each.
+with recursive present as (
+    (select priority from jobs where status = 'PENDING' and queue = %(queue)s order by priority limit 1)
+    union all
+    select (
+        select jobs.priority from jobs
+        where status = 'PENDING' and queue = %(queue)s and jobs.priority > present.priority
+        order by jobs.priority limit 1
+    )
+    from present where present.priority is not null
+)
+select priority from present where priority is not null;
+
+-- name: limited_queues
+select name from queues where paused or rate_count is not null or max_running is not null;
+
+-- name: finish
+update jobs
+set status = 'COMPLETED', finished_at = clock_timestamp(), result = done.result
+from unnest(%(id)s::uuid[], %(claim)s::integer[], %(result)s::jsonb[]) as done(id, claim, result)
+where jobs.id = done.id and jobs.claim = done.claim and jobs.status = 'PROCESSING'
+returning jobs.id::text;
+
+-- name: retry
+-- A failed attempt that will be followed by another after `delay` seconds; unless somebody asked for a stop meanwhile.
+with failed as (
+    select * from unnest(
+        %(id)s::uuid[], %(claim)s::integer[], %(worker)s::uuid[], %(delay)s::float8[], %(options)s::jsonb[],
+        %(type)s::text[], %(message)s::text[], %(traceback)s::text[], %(fingerprint)s::text[]
+    ) as failed(id, claim, worker, delay, options, type, message, traceback, fingerprint)
+), changed as (
+    update jobs
+    set status = case
+            when stop_requested is not null then 'CANCELLED'
+            when failed.delay > 0 then 'SCHEDULED'
+            else 'PENDING'
+        end,
+        finished_at = case when stop_requested is not null then clock_timestamp() end,
+        run_at = clock_timestamp() + failed.delay * interval '1 second',
+        worker = case when stop_requested is not null then jobs.worker end,
+        options = failed.options,
+        error = jsonb_build_object('type', failed.type, 'message', failed.message, 'attempt', attempt, 'at', clock_timestamp())
+    from failed
+    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status = 'PROCESSING'
+    returning jobs.id, jobs.queue, jobs.type, jobs.status, failed.claim, attempt, started_at, failed.worker,
+        failed.type as error_type, failed.message, failed.traceback, failed.fingerprint
+), counted as (
+    insert into tally_log (queue, type, status, entered, departed)
+    select queue, type, 'RETRIED', count(*), 0 from changed where status <> 'CANCELLED' group by queue, type
+), kept as (
+    insert into failures (job_id, claim, attempt, started_at, worker, type, message, traceback, fingerprint)
+    select id, claim, attempt, started_at, worker, error_type, message, traceback, fingerprint from changed
+)
+select id::text from changed;
+
+-- name: bury
+-- A failed attempt that was the last: FAILED, or DEAD when the job could not be run at all.
+with failed as (
+    select * from unnest(
+        %(id)s::uuid[], %(claim)s::integer[], %(status)s::text[], %(options)s::jsonb[],
+        %(type)s::text[], %(message)s::text[], %(traceback)s::text[], %(fingerprint)s::text[]
+    ) as failed(id, claim, status, options, type, message, traceback, fingerprint)
+), changed as (
+    update jobs
+    set status = failed.status,
+        finished_at = clock_timestamp(),
+        options = failed.options,
+        error = jsonb_build_object('type', failed.type, 'message', failed.message, 'attempt', attempt, 'at', clock_timestamp())
+    from failed
+    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status = 'PROCESSING'
+    returning jobs.id, failed.claim, attempt, started_at, worker, failed.type, failed.message, failed.traceback, failed.fingerprint
+), kept as (
+    insert into failures (job_id, claim, attempt, started_at, worker, type, message, traceback, fingerprint)
+    select id, claim, attempt, started_at, worker, type, message, traceback, fingerprint from changed
+)
+select id::text from changed;
+
+-- name: release
+-- Back to the queue as the same attempt: claimed and not started, or interrupted by a shutdown. A requested stop wins.
+with given as (
+    select * from unnest(%(id)s::uuid[], %(claim)s::integer[]) as given(id, claim)
+), changed as (
+    update jobs
+    set status = case when stop_requested is null then 'PENDING' else 'CANCELLED' end,
+        finished_at = case when stop_requested is not null then clock_timestamp() end,
+        attempt = attempt - 1,
+        worker = null
+    from given
+    where jobs.id = given.id and jobs.claim = given.claim and jobs.status = 'PROCESSING'
+    returning jobs.id
+)
+select id::text from changed;
+
+-- name: cancel_running
+-- The end of a job that was asked to stop, and did.
+update jobs
+set status = 'CANCELLED', finished_at = clock_timestamp()
+from unnest(%(id)s::uuid[], %(claim)s::integer[]) as stopped(id, claim)
+where jobs.id = stopped.id and jobs.claim = stopped.claim and jobs.status = 'PROCESSING'
+returning jobs.id::text;
+
+-- name: report
+-- What running jobs had to say: the latest progress of each, and lines for the timeline.
+with told as (
+    update jobs
+    set progress = latest.progress
+    from unnest(%(id)s::uuid[], %(claim)s::integer[], %(progress)s::jsonb[]) as latest(id, claim, progress)
+    where jobs.id = latest.id and jobs.claim = latest.claim and jobs.status = 'PROCESSING'
+)
+insert into events (job_id, at, kind, attempt, message)
+select line.job_id, to_timestamp(line.at), line.kind, line.attempt, line.message
+from unnest(%(job_id)s::uuid[], %(at)s::float8[], %(kind)s::text[], %(attempt)s::integer[], %(message)s::text[])
+    as line(job_id, at, kind, attempt, message)
+where exists (select from jobs where jobs.id = line.job_id);
+
+-- name: stop_requests
+-- Which of this worker's jobs were asked to stop?
+select id::text, claim from jobs where status = 'PROCESSING' and worker = %(worker)s::uuid and stop_requested is not null;
+
+-- name: promote
+-- Scheduled jobs that fell due become PENDING, a thousand at a time, the longest due first.
+update jobs
+set status = 'PENDING'
+where id = any(array(
+    select id from jobs
+    where status = 'SCHEDULED' and run_at <= clock_timestamp()
+    order by run_at
+    limit 1000
+    for update skip locked
+))
+returning queue;
+
+-- name: next_due
+-- Seconds until the next scheduled job falls due; null when none is scheduled.
+select extract(epoch from run_at - clock_timestamp())::float8 from jobs where status = 'SCHEDULED' order by run_at limit 1;
+
+-- name: register_worker
+insert into workers (id, host, pid, version, queues, types, threads, heartbeat, lost_after, session_pid, session_start)
+values (
+    %(id)s, %(host)s, %(pid)s, %(version)s, %(queues)s, %(types)s, %(threads)s,
+    %(heartbeat)s * interval '1 second', %(lost_after)s * interval '1 second',
+    pg_backend_pid(), (select backend_start from pg_stat_get_activity(pg_backend_pid()))
+);
+
+-- name: beat
+-- "I live, and this is my session." No row: this worker was declared lost, its jobs are no longer its own.
+update workers
+set heartbeat_at = clock_timestamp(),
+    session_pid = pg_backend_pid(),
+    session_start = (select backend_start from pg_stat_get_activity(pg_backend_pid()))
+where id = %(id)s
+returning id::text;
+
+-- name: sleep
+-- From here on whoever makes a job of this queue due sends a notification. Look once more before waiting for it.
+update workers set asleep = array_append(asleep, %(queue)s) where id = %(id)s and not %(queue)s = any(asleep);
+
+-- name: wake
+update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s and %(queue)s = any(asleep);
+
+-- name: report_death
+-- Said by a supervisor that saw its worker process die: nobody has to wait for its heart.
+update workers set heartbeat_at = '-infinity' where host = %(host)s and pid = %(pid)s;
+
+-- name: unregister_worker
+-- A worker that has given everything back leaves; one that has not is left to the rescue.
+delete from workers
+where id = %(id)s and not exists (select from jobs where status = 'PROCESSING' and worker = %(id)s);
+
+-- name: lost_workers
+-- Who is dead? Whoever was silent for too long; and whoever's session is gone and did not come back within a beat and a half.
+-- (A reader without the right to see other roles' sessions sees a null start, and then waits for the silence.)
+select id::text
+from workers
+where heartbeat_at < clock_timestamp() - lost_after
+    or heartbeat_at < clock_timestamp() - heartbeat * 1.5
+        and not exists (
+            select from pg_stat_get_activity(session_pid) as session
+            where session.backend_start is null or session.backend_start = workers.session_start
+        );
+
+-- name: lock_lost_worker
+-- One rescuer at a time for one lost worker, and only if it did not beat again meanwhile.
+select id::text from workers
+where id = %(id)s and heartbeat_at < clock_timestamp() - least(lost_after, heartbeat * 1.5)
+for update skip locked;
+
+-- name: rescue
+-- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths.
+with mine as (
+    select id, attempt, claim, started_at from jobs
+    where status = 'PROCESSING' and worker = %(worker)s::uuid
+    order by id
+    limit 500
+    for update
+), changed as (
+    update jobs
+    set status = case
+            when stop_requested is not null then 'CANCELLED'
+            when crashes + 1 >= %(max_crashes)s then 'DEAD'
+            else 'PENDING'
+        end,
+        finished_at = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then clock_timestamp() end,
+        worker = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then jobs.worker end,
+        crashes = crashes + 1,
+        error = jsonb_build_object('type', 'WorkerLost', 'message', %(message)s::text, 'attempt', jobs.attempt, 'at', clock_timestamp())
+    from mine
+    where jobs.id = mine.id
+    returning jobs.id, mine.attempt, mine.claim, mine.started_at, jobs.status
+), kept as (
+    insert into failures (job_id, claim, attempt, started_at, worker, type, message, traceback, fingerprint)
+    select id, claim, attempt, started_at, %(worker)s::uuid, 'WorkerLost', %(message)s, '', 'WorkerLost' from changed
+)
+select id::text, status from changed;
+
+-- name: orphans
+-- Workers that are named by a running job and have no row: nobody would rescue their jobs.
+select distinct jobs.worker::text from jobs
+where jobs.status = 'PROCESSING' and not exists (select from workers where workers.id = jobs.worker);
+
+-- name: forget_worker
+delete from workers where id = %(id)s and not exists (select from jobs where status = 'PROCESSING' and worker = %(id)s);
+
+-- name: remove_stopped
+delete from jobs where stop_requested = 'remove' and finished_at is not null;
+
+-- name: prune
+-- Finished jobs past their retention, oldest first, a thousand at a time, from where the last call ended.
+with page as (
+    select id, finished_at from jobs
+    where id > %(after)s::uuid and created_at < clock_timestamp() - %(days)s * interval '1 day'
+    order by id
+    limit 1000
+), gone as (
+    delete from jobs
+    where id = any(array(select id from page where finished_at < clock_timestamp() - %(days)s * interval '1 day'))
+    returning id
+)
+select (select max(id::text) from page), (select count(*) from page), (select count(*) from gone);
+
+-- name: sum_tallies
+-- What the log holds moves into the sums. Two at once share the log between them; a reader sees both or neither.
+with moved as (
+    delete from tally_log where ctid = any(array(select ctid from tally_log limit 10000 for update skip locked))
+    returning *
+), summed as (
+    select queue, type, status, sum(entered) as entered, sum(departed) as departed from moved group by queue, type, status order by 1, 2, 3
+)
+insert into tallies as total (queue, type, status, entered, departed)
+select queue, type, status, entered, departed from summed
+on conflict (queue, type, status) do update
+set entered = total.entered + excluded.entered, departed = total.departed + excluded.departed;
+
+-- name: set_limits
+insert into queues (name, rate_count, rate_period, max_running)
+values (%(queue)s, %(rate_count)s, %(rate_period)s * interval '1 second', %(max_running)s)
+on conflict (name) do update
+set rate_count = excluded.rate_count, rate_period = excluded.rate_period, max_running = excluded.max_running
+where (queues.rate_count, queues.rate_period, queues.max_running)
+    is distinct from (excluded.rate_count, excluded.rate_period, excluded.max_running);
+
+-- name: drop_waiting
+-- Dramatiq's flush: the waiting jobs of a queue are gone.
+delete from jobs where queue = %(queue)s and status in ('PENDING', 'SCHEDULED');
+
+-- name: unfinished
+-- Dramatiq's join: is anything left to do in this queue?
+select exists (select from jobs where queue = %(queue)s and status in ('PENDING', 'SCHEDULED', 'PROCESSING'));
+
+-- name: result
+-- Dramatiq's results: how the job stands, and what it returned.
+select status, result::text, error::text from jobs where id = %(id)s;

@@ -1,0 +1,204 @@
+-- jobsys keeps every job as one row of `jobs`, and that row is also the message its worker receives: there is no other broker.
+--
+-- A job is inserted PENDING (due) or SCHEDULED (due at run_at). A worker claims due jobs with `for update skip locked`: the row
+-- becomes PROCESSING, names its worker, and its `claim` number goes up by one, for good. Whatever that worker writes later (finish,
+-- retry, bury, release, cancel) names the id and the claim number and changes nothing unless both still fit: a worker that was taken for
+-- dead can't overwrite the one that took over. `attempt` is the number people see: it is given back when a shutdown interrupts
+-- a job, and starts again when an operator retries it; `claim` never goes down, and so it can be the fence.
+--
+-- A worker process keeps a row in `workers` and its heartbeat in it. When its database session is gone, or its heart silent
+-- for too long, any other worker puts its jobs back (rescue). A job that was running at MAX_CRASHES such deaths is DEAD.
+--
+-- Each failed attempt leaves a row in `failures`, written by the statement that ends the attempt: a job that succeeds pays
+-- nothing for history. `events` holds what a job logs and what operators do. `queues` has a row for each queue that is paused or limited.
+--
+-- Counting never reads `jobs`: triggers append what each statement changed to `tally_log`, and reading sums it into `tallies`.
+-- The same triggers wake sleeping workers, with NOTIFY, only when one sleeps. So a plain `insert into jobs` from any
+-- client, inside any transaction, is counted, notified and run like every other job.
+--
+-- The statements that work on these tables are in queue.sql (the broker's) and jobs.sql (reads and the operator's verbs).
+
+-- A UUID of version 7 (RFC 9562): milliseconds since 1970 in front, so that ids sort by time of creation.
+create function new_job_id() returns uuid
+language sql volatile parallel safe as $$
+    select overlay(
+        replace(gen_random_uuid()::text, '-', '')
+        placing lpad(to_hex((extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0') || '7'
+        from 1 for 13
+    )::uuid
+$$;
+
+create table jobs (
+    id              uuid        primary key default new_job_id(),
+    type            text        not null,
+    queue           text        not null default 'default',
+    priority        smallint    not null default 0,                     -- lower first: high -10, default 0, low 10
+    payload         jsonb       not null default '{}',
+    options         jsonb       not null default '{}',                  -- Dramatiq's, for its middleware
+    status          text        not null default 'PENDING',
+    attempt         integer     not null default 0,                     -- how often it was started, as people count
+    claim           integer     not null default 0,                     -- how often it was claimed, ever: the fence
+    crashes         smallint    not null default 0,                     -- how often its worker died under it
+    max_attempts    integer     default 4,                              -- null: without end
+    run_at          timestamptz not null default clock_timestamp(),     -- not before
+    created_at      timestamptz not null default clock_timestamp(),
+    started_at      timestamptz,
+    finished_at     timestamptz,
+    worker          uuid,                                               -- who has it, or had it last
+    result          jsonb,
+    error           jsonb,                                              -- of the last failed attempt: type, message, attempt, at
+    progress        jsonb,
+    stop_requested  text,                                               -- while it runs: 'cancel', or 'remove' when stopped
+    group_id        uuid,
+    idempotency_key text,
+    constraint status_is_known check
+        (status in ('SCHEDULED', 'PENDING', 'PROCESSING', 'COMPLETED', 'FAILED', 'DEAD', 'CANCELLED')),
+    constraint running_jobs_have_a_worker check
+        (status <> 'PROCESSING' or (worker is not null and started_at is not null)),
+    constraint waiting_jobs_have_no_worker check
+        (status not in ('SCHEDULED', 'PENDING') or worker is null),
+    constraint ended_jobs_and_no_others_have_an_end check
+        ((status in ('COMPLETED', 'FAILED', 'DEAD', 'CANCELLED')) = (finished_at is not null)),
+    constraint payload_is_an_object check (jsonb_typeof(payload) = 'object'),
+    constraint options_are_an_object check (jsonb_typeof(options) = 'object'),
+    constraint run_at_can_be_read_back check (run_at between '0001-01-02' and '9999-12-30'),
+    constraint numbers_are_not_negative check (attempt >= 0 and claim >= 0 and crashes >= 0 and max_attempts >= 1),
+    constraint stop_requests_are_known check (stop_requested in ('cancel', 'remove'))
+)
+-- Rows live short and change three times: vacuum early, in small steps.
+with (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 1);
+
+-- What is next in a queue?
+create index jobs_ready on jobs (queue, priority, run_at, id) where status = 'PENDING';
+-- What falls due next?
+create index jobs_scheduled on jobs (run_at) where status = 'SCHEDULED';
+-- What does this worker have?
+create index jobs_running on jobs (worker) where status = 'PROCESSING';
+-- What broke?
+create index jobs_broken on jobs (id) where status in ('FAILED', 'DEAD');
+-- What belongs together?
+create index jobs_grouped on jobs (group_id, id) where group_id is not null;
+-- Was this submitted before?
+create unique index jobs_idempotent on jobs (idempotency_key) where idempotency_key is not null;
+-- What is to be removed once it has stopped?
+create index jobs_to_remove on jobs (id) where stop_requested = 'remove';
+
+create table failures (
+    job_id      uuid        not null references jobs on delete cascade,
+    claim       integer     not null,
+    attempt     integer     not null,
+    started_at  timestamptz not null,
+    at          timestamptz not null default clock_timestamp(),
+    worker      uuid        not null,
+    type        text        not null,       -- the exception's class
+    message     text        not null,
+    traceback   text        not null,
+    fingerprint text        not null,       -- equal for failures of the same kind at the same place
+    primary key (job_id, claim)
+);
+
+create table events (
+    job_id  uuid        not null references jobs on delete cascade,
+    at      timestamptz not null default clock_timestamp(),
+    kind    text        not null,           -- log, progress, retried, cancelled, buried, stop requested, released, worker lost
+    attempt integer,
+    by      text,                           -- who asked, where somebody did
+    message text
+);
+create index events_of_a_job on events (job_id, at);
+
+create table workers (
+    id            uuid        primary key,
+    host          text        not null,
+    pid           integer     not null,
+    version       text        not null,
+    queues        text[]      not null,
+    types         text[]      not null,
+    threads       integer     not null,
+    started_at    timestamptz not null default clock_timestamp(),
+    heartbeat_at  timestamptz not null default clock_timestamp(),
+    heartbeat     interval    not null,     -- how often it means to beat
+    lost_after    interval    not null,     -- how long its silence may last
+    session_pid   integer     not null,     -- the backend it beats through,
+    session_start timestamptz not null,     -- and since when, because pids are used again
+    asleep        text[]      not null default '{}'   -- the queues it waits on for a notification
+) with (fillfactor = 50);
+
+create table queues (
+    name          text        primary key,
+    paused        boolean     not null default false,
+    rate_count    integer,                  -- so many starts
+    rate_period   interval,                 -- in this time, evenly spaced
+    max_running   integer,
+    next_start_at timestamptz not null default '-infinity',
+    constraint a_rate_has_both_parts check ((rate_count is null) = (rate_period is null)),
+    constraint limits_are_positive check (rate_count > 0 and rate_period > interval '0' and max_running > 0)
+);
+
+-- How many jobs entered and left each status, by queue and type; CREATED and RETRIED are counted as if they were statuses.
+create table tallies (
+    queue    text   not null,
+    type     text   not null,
+    status   text   not null,
+    entered  bigint not null,
+    departed bigint not null,
+    primary key (queue, type, status)
+) with (fillfactor = 50);
+create table tally_log (like tallies);
+
+create table schema_versions (
+    version    integer     primary key,
+    name       text        not null,
+    applied_at timestamptz not null default clock_timestamp()
+);
+
+create function wake_workers(ready_queues text[]) returns void
+language sql volatile set search_path from current as $$
+    select pg_notify('jobsys', queue)
+    from unnest(ready_queues) as ready(queue)
+    where exists (select from workers where ready.queue = any(workers.asleep))
+$$;
+
+create function after_jobs_insert() returns trigger
+language plpgsql set search_path from current as $$
+begin
+    insert into tally_log (queue, type, status, entered, departed)
+    select queue, type, unnest(array['CREATED', status]), count(*), 0 from added group by queue, type, status;
+    if exists (select from workers where asleep <> '{}') then
+        perform wake_workers(array(select distinct queue from added where status = 'PENDING'));
+    end if;
+    return null;
+end $$;
+
+create function after_jobs_update() returns trigger
+language plpgsql set search_path from current as $$
+begin
+    insert into tally_log (queue, type, status, entered, departed)
+    select queue, type, status, sum(entered), sum(departed)
+    from (
+        select queue, type, status, count(*) as entered, 0 as departed from changed group by queue, type, status
+        union all
+        select queue, type, status, 0, count(*) from previous group by queue, type, status
+    ) as moves
+    group by queue, type, status
+    having sum(entered) <> sum(departed) or status in ('COMPLETED', 'FAILED', 'DEAD', 'CANCELLED');
+    if exists (select from workers where asleep <> '{}') then
+        perform wake_workers(array(select distinct queue from changed where status = 'PENDING'));
+    end if;
+    return null;
+end $$;
+
+create function after_jobs_delete() returns trigger
+language plpgsql set search_path from current as $$
+begin
+    insert into tally_log (queue, type, status, entered, departed)
+    select queue, type, status, 0, count(*) from removed group by queue, type, status;
+    return null;
+end $$;
+
+create trigger jobs_inserted after insert on jobs
+    referencing new table as added for each statement execute function after_jobs_insert();
+create trigger jobs_updated after update on jobs
+    referencing old table as previous new table as changed for each statement execute function after_jobs_update();
+create trigger jobs_deleted after delete on jobs
+    referencing old table as removed for each statement execute function after_jobs_delete();
