@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic_core import to_jsonable_python
 
-from jobsys.errors import InvalidSubmission, JobStopped, UnknownJobType
+from jobsys.errors import InvalidSubmission, JobStopped, SettingsError, UnknownJobType
 from jobsys.settings import seconds
 
 PRIORITIES = {"high": -10, "default": 0, "low": 10}
@@ -143,7 +143,12 @@ class Registry:
         """Import the job types that ship, every module of `jobsys.jobs`, then `modules`, each of which declares its own with `@job`."""
         shipped = importlib.import_module("jobsys.jobs")
         for module in (*(f"jobsys.jobs.{each.name}" for each in pkgutil.iter_modules(shipped.__path__)), *modules):
-            importlib.import_module(module)
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                    raise
+                raise SettingsError(f'JOB_MODULES: there is no module "{module}" in the current directory or on the Python path') from None
         return self
 
 
@@ -216,7 +221,7 @@ def encode(value: Any, loc: tuple[str | int, ...] = ()) -> str:
     has no word for.
     """
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_jsonable)
+        text = _encoder.encode(value)
         text.encode()
     except UnicodeEncodeError:
         raise InvalidSubmission.of([*loc], "contains a lone surrogate, which is no text") from None
@@ -245,6 +250,9 @@ def _check_declaration(job_type: JobType) -> None:
         raise ValueError(f"max_retries of job type {job_type.name} must be 0 or more, not {job_type.max_retries}")
     if job_type.time_limit <= 0:
         raise ValueError(f"time_limit of job type {job_type.name} must be longer than nothing")
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_jsonable)
 
 
 def _payload_model(name: str, function: Callable[..., Any]) -> type[Payload]:

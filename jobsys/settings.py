@@ -121,11 +121,20 @@ class Settings(BaseSettings):
                 return word
         raise ValueError(f'"{value}" is not one of {", ".join(words)}')
 
+    @field_validator("mail_from")
+    @classmethod
+    def _is_one_sender(cls, value: str) -> str:
+        if not re.fullmatch(r"[^@<>\s,]+@[^@<>\s,]+|[^@<>,\r\n]*<[^@<>\s,]+@[^@<>\s,]+>", value):
+            raise ValueError("must be one address, such as jobs@example.org or Jobs <jobs@example.org>")
+        return value
+
     @field_validator("ingest_url")
     @classmethod
     def _has_place_for_id(cls, value: str | None) -> str | None:
         if value is not None and ("{id}" not in value or not value.startswith(("http://", "https://"))):
             raise ValueError("must start with http:// or https:// and contain {id}")
+        if value is not None and "@" in value.split("/")[2]:
+            raise ValueError("must not contain a user or password")
         return value
 
     @property
