@@ -42,19 +42,24 @@ log = logs.get(__name__)
 class JobsBroker(PostgresBroker):  # type: ignore[misc]
     """The broker. Opens no connection before something is sent or consumed."""
 
-    def __init__(self, database: db.Database, *, settings: Settings, types: Registry) -> None:
+    def __init__(self, database: db.Database, *, settings: Settings) -> None:
         super().__init__(pool=database, results=False, middleware=stack(settings))
         self.database = database
         self.settings = settings
-        self.types = types
+        self.job_types: dict[str, JobType] = {}
         self.presence: Presence | None = None
         self._hooks: dict[str, list[Callable[..., Any]]] = {}
         self._running = threading.local()
         self._lock = threading.Lock()
         self.add_middleware(Results(backend=JobResults(database), store_results=True))
         self.add_middleware(Attendance())
-        for job_type in types.types.values():
-            self._declare(job_type)
+
+    def declare_job_types(self, registry: Registry) -> None:
+        """Make a Dramatiq actor of every job type that has none yet."""
+        for job_type in registry.types.values():
+            if job_type.name not in self.actors:
+                self.job_types[job_type.name] = job_type
+                self._declare(job_type)
 
     # Sending
 
@@ -129,7 +134,7 @@ class JobsBroker(PostgresBroker):  # type: ignore[misc]
 
     def make_running(self, row: db.Row, worker: str) -> RunningJob:
         """The RunningJob for a row that `claim` returned."""
-        return RunningJob(row, worker=worker, job_type=self.types.types.get(row[1]))
+        return RunningJob(row, worker=worker, job_type=self.job_types.get(row[1]))
 
     # Signals: Dramatiq asks every middleware about every signal; here only those that listen are asked.
 
@@ -143,7 +148,7 @@ class JobsBroker(PostgresBroker):  # type: ignore[misc]
                 self.logger.critical("Unexpected failure in before_%s of %r.", signal, hook, exc_info=True)
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        for hook in reversed(self._listeners("after_" + signal)):
+        for hook in self._listeners("after_" + signal):
             try:
                 hook(self, *args, **kwargs)
             except Exception:
@@ -158,7 +163,8 @@ class JobsBroker(PostgresBroker):  # type: ignore[misc]
         listeners = self._hooks.get(hook)
         if listeners is None:
             default = getattr(Middleware, hook, None)
-            listeners = [getattr(each, hook) for each in self.middleware if getattr(type(each), hook, None) is not default]
+            order = reversed(self.middleware) if hook.startswith("after_") else self.middleware
+            listeners = [getattr(each, hook) for each in order if getattr(type(each), hook, None) is not default]
             self._hooks[hook] = listeners
         return listeners
 
@@ -194,6 +200,8 @@ class JobsBroker(PostgresBroker):  # type: ignore[misc]
             except ValidationError as error:
                 raise unreadable(error) from None
             result = job_type.function(payload, running.job)
+            if result is None:
+                return
             try:
                 running.result = encode(result)
             except InvalidSubmission as error:

@@ -166,7 +166,7 @@ class Claims:
                 rows, pause = self._claim(queue_name, room)
             if rows:
                 self._note_work(queue_name)
-                return sorted(self._make(row) for row in rows)
+                return [self._make(row) for row in sorted(rows, key=_order)]
             wait = self._note_nothing(queue_name, pause)
             if wait and not bell.wait(wait) and time.monotonic() >= deadline:
                 return []
@@ -301,3 +301,7 @@ class Claims:
         """This process is a new worker now: nobody knows what it sleeps on."""
         self._asleep.clear()
         self.wake_all()
+
+
+def _order(row: db.Row) -> tuple[int, datetime, str]:
+    return (row[3], row[9], row[0])

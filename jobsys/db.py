@@ -7,6 +7,7 @@ in a session, so a transaction pooler may stand in between. Whatever means "the 
 from __future__ import annotations
 
 import re
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -128,12 +129,15 @@ def run(connection: Any, name: str, **parameters: Any) -> list[Row]:
 
 
 def alive(connection: Any) -> bool:
-    """Whether an idle connection is still good, as far as the socket tells; no round trip."""
-    try:
-        connection.poll()
-    except psycopg2.Error:
+    """Whether an idle connection is still good, as far as the socket tells; no round trip.
+
+    An idle server has nothing to say: a socket with something to read was closed by the other side. (`connection.poll()` does not notice.)
+    """
+    if connection.closed or connection.info.transaction_status != extensions.TRANSACTION_STATUS_IDLE:
         return False
-    return not connection.closed and connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+    socket = select.poll()
+    socket.register(connection.fileno(), select.POLLIN)
+    return not socket.poll(0)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ log = logs.get(__name__)
 
 
 class Submitted(NamedTuple):
-    """A job on its way into the table; the fields are the parameters of the statement `submit`. payload and options are JSON text."""
+    """A job on its way into the table; the fields are the parameters of `submit` and `submit_many`. payload and options are JSON text."""
 
     id: str
     type: str
@@ -58,8 +58,10 @@ class Outcome(NamedTuple):
 
 def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those that went in."""
+    if len(jobs) == 1:
+        return db.run(connection, "submit", **jobs[0]._asdict())
     columns = zip(*jobs, strict=True)
-    return db.run(connection, "submit", **{name: list(column) for name, column in zip(Submitted._fields, columns, strict=True)})
+    return db.run(connection, "submit_many", **{name: list(column) for name, column in zip(Submitted._fields, columns, strict=True)})
 
 
 class Settlements:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
+import dramatiq
 import psycopg2
 
 from jobsys import db
@@ -145,9 +146,13 @@ class JobSystem:
 
     def __init__(self, settings: Settings | None = None, *, pool_size: int = 8) -> None:
         self.settings = settings or Settings()
-        self.types: Registry = registry.load(self.settings.job_modules)
         self.database = db.Database(db.url_of(self.settings), size=pool_size, statement_timeout=5.0)
-        self.broker = JobsBroker(self.database, settings=self.settings, types=self.types)
+        self.broker = JobsBroker(self.database, settings=self.settings)
+        if dramatiq.broker.global_broker is None:
+            # So that plain `@dramatiq.actor` in JOB_MODULES lands here and not on a RabbitMQ that Dramatiq would look for.
+            dramatiq.set_broker(self.broker)
+        self.types: Registry = registry.load(self.settings.job_modules)
+        self.broker.declare_job_types(self.types)
 
     # Submitting
 

@@ -185,9 +185,9 @@ def _reading(status: int) -> str:
 def __getattr__(name: str) -> object:
     if name == "broker":
         settings = Settings()
-        system = JobSystem(settings, pool_size=settings.worker_threads + 2)
-        dramatiq.set_broker(system.broker)
-        return system.broker
+        broker = JobSystem(settings, pool_size=settings.worker_threads + 2).broker
+        dramatiq.set_broker(broker)
+        return broker
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -10,12 +10,13 @@ where id = %(id)s;
 
 -- name: jobs
 -- One page, newest first. The id is the order of arrival, so a page starts where the last one ended, however far that is.
+-- Ordered by the column: a bare `id` would be the text selected above, which no index has in order.
 select
     id::text, type, queue, priority, payload, options, status, attempt, max_attempts, run_at, created_at, started_at, finished_at,
     worker::text, result, error, progress, group_id::text, idempotency_key, stop_requested is not null
 from jobs
 where {conditions}
-order by id desc
+order by jobs.id desc
 limit %(limit)s;
 
 -- name: group
@@ -24,7 +25,7 @@ select
     worker::text, result, error, progress, group_id::text, idempotency_key, stop_requested is not null
 from jobs
 where group_id = %(group_id)s
-order by id;
+order by jobs.id;
 
 -- name: find_idempotent
 -- The job that has this key, and whether it is the same job.

@@ -2,7 +2,23 @@
 -- What a worker writes names the id and the claim it holds, and returns the ids it changed: an id that is missing was lost.
 
 -- name: submit
--- One job, or with arrays of a thousand a thousand. A key that is taken inserts nothing: `find_idempotent` then tells what it is.
+-- A key that is taken inserts nothing: `find_idempotent` then tells what it is.
+insert into jobs (id, type, queue, priority, payload, options, status, max_attempts, run_at, group_id, idempotency_key)
+values (
+    %(id)s, %(type)s, %(queue)s, %(priority)s, %(payload)s, %(options)s,
+    case
+        when coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s * interval '1 second') > clock_timestamp() then 'SCHEDULED'
+        else 'PENDING'
+    end,
+    %(max_attempts)s,
+    coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s * interval '1 second', clock_timestamp()),
+    %(group_id)s, %(idempotency_key)s
+)
+on conflict (idempotency_key) where idempotency_key is not null do nothing
+returning id::text, status, run_at, created_at;
+
+-- name: submit_many
+-- The same for some hundreds at once. (For one, the arrays alone would cost as much as the insert.)
 insert into jobs (id, type, queue, priority, payload, options, status, max_attempts, run_at, group_id, idempotency_key)
 select
     id, type, queue, priority, payload, options,

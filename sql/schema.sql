@@ -173,15 +173,16 @@ end $$;
 create function after_jobs_update() returns trigger
 language plpgsql set search_path from current as $$
 begin
+    -- Net: a row that stays in its status has neither entered nor left it. (No statement moves rows both into and out of one status.)
     insert into tally_log (queue, type, status, entered, departed)
-    select queue, type, status, sum(entered), sum(departed)
+    select queue, type, status, greatest(sum(n), 0), greatest(-sum(n), 0)
     from (
-        select queue, type, status, count(*) as entered, 0 as departed from changed group by queue, type, status
+        select queue, type, status, count(*) as n from changed group by queue, type, status
         union all
-        select queue, type, status, 0, count(*) from previous group by queue, type, status
+        select queue, type, status, -count(*) from previous group by queue, type, status
     ) as moves
     group by queue, type, status
-    having sum(entered) <> sum(departed) or status in ('COMPLETED', 'FAILED', 'DEAD', 'CANCELLED');
+    having sum(n) <> 0;
     if exists (select from workers where asleep <> '{}') then
         perform wake_workers(array(select distinct queue from changed where status = 'PENDING'));
     end if;

@@ -1,0 +1,122 @@
+"""Job types that misbehave on purpose, and plain Dramatiq actors. The tests' workers load this module through JOB_MODULES."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import dramatiq
+
+from jobsys import GiveUp, Job, Payload, job
+
+
+class Ledger(Payload):
+    """Where to write what happened: a file outside the database, appended to by every run."""
+
+    ledger: str
+    seconds: float = 0.0
+    label: str = ""
+
+
+def note(payload: Ledger, job: Job, what: str) -> None:
+    with Path(payload.ledger).open("a") as ledger:
+        ledger.write(f"{what} {payload.label or job.id} {job.attempt} {os.getpid()} {time.time():.6f}\n")
+
+
+@job("LEDGER", time_limit="60s")
+def ledger(payload: Ledger, job: Job) -> str:
+    """Write start and end into a file, and work in small steps between them."""
+    note(payload, job, "start")
+    until = time.monotonic() + payload.seconds
+    while time.monotonic() < until:
+        job.checkpoint()
+        time.sleep(0.01)
+    note(payload, job, "end")
+    return payload.label
+
+
+@job("DEAF", time_limit="60s")
+def deaf(payload: Ledger, job: Job) -> None:
+    """Compute without ever asking whether to stop."""
+    note(payload, job, "start")
+    until = time.monotonic() + payload.seconds
+    while time.monotonic() < until:
+        sum(range(1000))
+    note(payload, job, "end")
+
+
+@job("STONE", time_limit="60s")
+def stone(payload: Ledger, job: Job) -> None:
+    """Block in one C call, which no exception reaches."""
+    note(payload, job, "start")
+    time.sleep(payload.seconds)
+    note(payload, job, "end")
+
+
+@job("SHORT_OF_TIME", time_limit="300ms", max_retries=0)
+def short_of_time(payload: Ledger, job: Job) -> None:
+    """Run longer than the time limit."""
+    note(payload, job, "start")
+    while True:
+        job.checkpoint()
+        time.sleep(0.01)
+
+
+@job("KILLER")
+def killer(payload: Ledger, job: Job) -> None:
+    """Kill the process that runs it."""
+    note(payload, job, "start")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@job("HOPELESS", max_retries=5)
+def hopeless(payload: Ledger, job: Job) -> None:
+    """Fail for good."""
+    note(payload, job, "start")
+    raise GiveUp("there is no point")
+
+
+class Vicious(Payload):
+    how: str
+
+
+@job("VICIOUS", max_retries=0)
+def vicious(payload: Vicious, job: Job) -> object:
+    """End in ways that are hard to record."""
+    if payload.how == "nul":
+        raise RuntimeError("before\x00after")
+    if payload.how == "surrogate":
+        raise RuntimeError("lone \ud800")
+    if payload.how == "huge":
+        raise RuntimeError("x" * 10_000_000)
+    if payload.how == "mute":
+        raise Mute
+    if payload.how == "exit":
+        raise SystemExit(3)
+    if payload.how == "set":
+        return {1, 2}
+    if payload.how == "nan":
+        return float("nan")
+    if payload.how == "nul result":
+        return "a\x00b"
+    return payload.how
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@dramatiq.actor(queue_name="plain", store_results=True)
+def add(a: int, b: int) -> int:
+    return a + b
+
+
+@dramatiq.actor(queue_name="plain", max_retries=1, min_backoff=10, max_backoff=20)
+def write_line(path: str, line: str, fail: bool = False) -> None:
+    with Path(path).open("a") as file:
+        file.write(line + "\n")
+    if fail:
+        raise RuntimeError("told to")

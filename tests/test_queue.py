@@ -1,0 +1,353 @@
+"""The broker's statements, as claims and outcomes see them: order, fence, limits, counts. No worker process."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import psycopg2
+import pytest
+from conftest import execute
+
+from jobsys import db
+from jobsys.ids import new_job_id
+from jobsys.system import JobSystem, Submission
+
+BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
+
+
+class Worker:
+    """A row in `workers`, and its statements by hand."""
+
+    def __init__(self, database: db.Database, **overrides: Any) -> None:
+        self.database = database
+        self.id = new_job_id()
+        row = {
+            "host": "h",
+            "pid": 1,
+            "version": "0",
+            "queues": ["default"],
+            "types": ["TEST_JOB"],
+            "threads": 1,
+            "heartbeat": 5,
+            "lost_after": 30,
+        }
+        self.database.run("register_worker", id=self.id, **row | overrides)
+
+    def claim(self, n: int = 1, *, queue: str = "default", types: list[str] | None = None) -> list[tuple[str, int]]:
+        rows = self.database.run(
+            "claim",
+            worker=self.id,
+            queue=queue,
+            types=types or ["TEST_JOB", "INGEST_BATCH"],
+            priorities=[-10, 0, 10],
+            from_run_at=[BEGINNING[0]] * 3,
+            from_id=[BEGINNING[1]] * 3,
+            n=n,
+        )
+        return [(row[0], row[7]) for row in sorted(rows, key=lambda row: (row[3], row[9], row[0]))]
+
+    def finish(self, *claimed: tuple[str, int]) -> list[str]:
+        ids, claims = zip(*claimed, strict=True)
+        return [row[0] for row in self.database.run("finish", id=list(ids), claim=list(claims), result=[None] * len(ids))]
+
+    def release(self, *claimed: tuple[str, int]) -> list[str]:
+        ids, claims = zip(*claimed, strict=True)
+        return [row[0] for row in self.database.run("release", id=list(ids), claim=list(claims))]
+
+    def fail(self, claimed: tuple[str, int], *, delay: float = 0.0) -> list[str]:
+        failure = {"options": ['{"retries": 1}'], "type": ["E"], "message": ["m"], "traceback": ["t"], "fingerprint": ["f"]}
+        rows = self.database.run("retry", id=[claimed[0]], claim=[claimed[1]], worker=[self.id], delay=[delay], **failure)
+        return [row[0] for row in rows]
+
+    def die(self) -> None:
+        self.database.run("report_death", host="h", pid=1)
+
+    def rescue(self, lost: Worker, *, max_crashes: int = 3) -> list[Any]:
+        return self.database.run("rescue", worker=lost.id, max_crashes=max_crashes, message="gone")
+
+
+@pytest.fixture
+def worker(system: JobSystem) -> Worker:
+    return Worker(system.database)
+
+
+def test_a_more_urgent_job_is_claimed_first_and_equals_in_the_order_they_came(system: JobSystem, worker: Worker) -> None:
+    low, first, second, high = (system.submit("TEST_JOB", priority=word).id for word in ("low", "default", "MEDIUM", "High"))
+    assert [id for id, _ in worker.claim(2)] == [high, first]
+    assert [id for id, _ in worker.claim(2)] == [second, low]
+
+
+def test_two_workers_never_claim_the_same_job(system: JobSystem, worker: Worker) -> None:
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(20))
+    with system.database.transaction() as connection, connection.cursor() as cursor:
+        cursor.execute("select id from jobs order by id limit 5 for update")
+        others = [id for id, _ in worker.claim(50)]
+    assert others == ids[5:]
+
+
+def test_only_known_types_are_claimed_so_that_a_new_type_waits_for_a_new_worker(system: JobSystem, worker: Worker) -> None:
+    system.submit("TEST_JOB")
+    assert worker.claim(types=["SOMETHING_ELSE"]) == []
+    assert len(worker.claim()) == 1
+
+
+def test_a_scheduled_job_is_not_claimed_before_it_is_promoted_when_due(system: JobSystem, worker: Worker, database_url: str) -> None:
+    job = system.submit("TEST_JOB", delay=3600)
+    assert job.status == "SCHEDULED"
+    assert worker.claim() == [] and system.database.run("promote") == []
+    execute(database_url, "update jobs set run_at = clock_timestamp() - interval '1 second'")
+    assert system.database.run("promote") == [("default",)]
+    assert worker.claim()[0][0] == job.id
+
+
+def test_a_run_at_in_the_past_is_due_at_once(system: JobSystem) -> None:
+    assert system.submit("TEST_JOB", run_at=datetime.now(timezone.utc) - timedelta(days=1)).status == "PENDING"
+
+
+def test_a_worker_that_lost_its_job_cannot_finish_it(system: JobSystem, worker: Worker) -> None:
+    job = system.submit("TEST_JOB")
+    [mine] = worker.claim()
+    other = Worker(system.database, pid=2)
+    other.rescue(worker)
+    [theirs] = other.claim()
+    assert theirs[0] == mine[0]
+    assert worker.finish(mine) == [] and worker.fail(mine) == [] and worker.release(mine) == []
+    assert system.job(job.id).status == "PROCESSING"
+    assert other.finish(theirs) == [job.id]
+
+
+def test_a_released_job_keeps_its_attempt_number_and_yet_the_old_claim_is_void(system: JobSystem, worker: Worker) -> None:
+    job = system.submit("TEST_JOB")
+    [first] = worker.claim()
+    worker.release(first)
+    assert system.job(job.id).attempt == 0
+    [second] = worker.claim()
+    assert system.job(job.id).attempt == 1
+    assert worker.finish(first) == []
+    assert worker.finish(second) == [job.id]
+
+
+def test_an_operators_retry_does_not_make_an_old_claim_valid_again(system: JobSystem, worker: Worker) -> None:
+    job = system.submit("TEST_JOB")
+    [old] = worker.claim()
+    Worker(system.database, pid=2).rescue(worker, max_crashes=1)
+    assert system.job(job.id).status == "DEAD"
+    system.retry(job.id, by="me")
+    [new] = worker.claim()
+    assert system.job(job.id).attempt == 1
+    assert worker.finish(old) == []
+    assert worker.finish(new) == [job.id]
+
+
+def test_finishing_twice_records_once(system: JobSystem, worker: Worker) -> None:
+    system.submit("TEST_JOB")
+    [mine] = worker.claim()
+    assert worker.finish(mine) and not worker.finish(mine)
+    assert system.totals()["jobs_success"] == 1
+
+
+def test_a_crash_is_counted_at_the_rescue_and_the_last_one_is_a_dead_letter(system: JobSystem, worker: Worker) -> None:
+    job = system.submit("TEST_JOB", max_retries=0)
+    for crash in (1, 2, 3):
+        assert worker.claim()
+        worker.rescue(worker)
+        assert system.job(job.id).status == ("DEAD" if crash == 3 else "PENDING")
+    assert [failure.type for failure in system.failures(job.id)] == ["WorkerLost"] * 3
+    assert (system.job(job.id).error or {})["type"] == "WorkerLost"
+
+
+def test_a_worker_is_lost_when_its_session_is_gone_or_its_heart_is_silent(system: JobSystem, database_url: str) -> None:
+    with contextlib.closing(psycopg2.connect(database_url)) as session:
+        session.autocommit = True
+        row = {"host": "h", "pid": 9, "version": "0", "queues": ["default"], "types": [], "threads": 1, "heartbeat": 1, "lost_after": 30}
+        id = new_job_id()
+        db.run(session, "register_worker", id=id, **row)
+
+        def lost() -> bool:
+            return (id,) in system.database.run("lost_workers")
+
+        execute(database_url, "update workers set heartbeat_at = clock_timestamp() - interval '10 seconds'")
+        assert not lost(), "its session is there and its silence is short of 30 s"
+        execute(database_url, "update workers set heartbeat_at = clock_timestamp() - interval '31 seconds'")
+        assert lost(), "silent too long, though its session is there"
+        execute(database_url, "update workers set heartbeat_at = clock_timestamp() - interval '10 seconds'")
+    execute(database_url, "select pg_sleep(0.2)")
+    assert lost(), "its session is gone and did not come back"
+
+
+def test_a_worker_that_was_declared_lost_claims_nothing(system: JobSystem, worker: Worker) -> None:
+    system.submit("TEST_JOB")
+    system.database.run("forget_worker", id=worker.id)
+    assert worker.claim() == []
+
+
+def test_a_paused_queue_gives_nothing_and_a_resumed_one_does(system: JobSystem, worker: Worker) -> None:
+    system.submit("TEST_JOB")
+    system.pause("default")
+    assert worker.claim() == []
+    system.resume("default")
+    assert len(worker.claim()) == 1
+
+
+def test_a_limited_queue_is_never_claimed_around_its_limit(system: JobSystem, worker: Worker) -> None:
+    system.submit("TEST_JOB")
+    system.limit("default", max_running=1)
+    assert worker.claim() == []
+    system.limit("default")
+    assert len(worker.claim()) == 1
+
+
+def test_a_cancelled_job_never_starts(system: JobSystem, worker: Worker) -> None:
+    job = system.submit("TEST_JOB")
+    assert system.cancel(job.id, by="me").status == "CANCELLED"
+    assert worker.claim() == []
+
+
+@pytest.mark.parametrize("end", ["fail", "release", "rescue"])
+def test_a_job_asked_to_stop_is_cancelled_whatever_way_it_ends(system: JobSystem, worker: Worker, end: str) -> None:
+    job = system.submit("TEST_JOB")
+    [mine] = worker.claim()
+    assert system.cancel(job.id).stop_requested
+    {"fail": lambda: worker.fail(mine), "release": lambda: worker.release(mine), "rescue": lambda: worker.rescue(worker)}[end]()
+    assert system.job(job.id).status == "CANCELLED"
+
+
+def test_a_running_job_that_is_removed_goes_when_it_has_stopped(system: JobSystem, worker: Worker, database_url: str) -> None:
+    job = system.submit("TEST_JOB")
+    [mine] = worker.claim()
+    assert system.remove(job.id) is False
+    system.database.run("remove_stopped")
+    assert system.job(job.id).status == "PROCESSING"
+    worker.release(mine)
+    system.database.run("remove_stopped")
+    assert execute(database_url, "select count(*) from jobs") == [(0,)]
+
+
+def test_counts_and_totals_agree_with_the_table_through_every_change(system: JobSystem, worker: Worker, database_url: str) -> None:
+    ids = system.submit_many(Submission("TEST_JOB", delay=3600 if n % 5 == 0 else None) for n in range(25))
+    claimed = worker.claim(10)
+    worker.finish(*claimed[:4])
+    worker.fail(claimed[4])
+    worker.fail(claimed[5], delay=60)
+    worker.release(claimed[6])
+    system.bury(ids[0])
+    system.cancel(ids[5])
+    system.retry(ids[0])
+    system.remove(ids[5])
+    execute(database_url, "insert into jobs (type) values ('TEST_JOB')")
+
+    def truth() -> dict[str, int]:
+        return {status: n for status, n in execute(database_url, "select status, count(*) from jobs group by status")}
+
+    for _ in range(2):
+        assert {status: n for status, n in system.counts().items() if n} == truth()
+        totals = system.totals()
+        assert (totals["jobs_created"], totals["jobs_success"], totals["jobs_retried"], totals["jobs_dlq"]) == (26, 4, 3, 1)
+        system.database.run("sum_tallies")
+    assert execute(database_url, "select count(*) from tally_log") == [(0,)]
+
+
+def test_totals_survive_pruning(system: JobSystem, worker: Worker, database_url: str) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(5))
+    worker.finish(*worker.claim(3))
+    execute(database_url, "update jobs set created_at = now() - interval '40 days', finished_at = finished_at - interval '31 days'")
+    assert system.database.run("prune", after=BEGINNING[1], days=30)[0][1:] == (5, 3)
+    assert system.totals()["jobs_success"] == 3 and system.counts()["COMPLETED"] == 0
+    assert execute(database_url, "select count(*) from jobs") == [(2,)], "what has not finished stays, however old"
+
+
+def test_a_plain_insert_in_sql_is_a_job_like_any_other(system: JobSystem, worker: Worker, database_url: str) -> None:
+    [(id,)] = execute(database_url, "insert into jobs (type, payload) values ('TEST_JOB', '{\"sleepMs\": 1}') returning id::text")
+    assert system.counts()["PENDING"] == 1
+    assert worker.claim()[0][0] == id
+
+
+def test_a_job_submitted_on_your_connection_is_part_of_your_transaction(system: JobSystem, database_url: str) -> None:
+    with psycopg2.connect(database_url) as connection:
+        rolled_back = system.submit("TEST_JOB", connection=connection)
+        connection.rollback()
+        committed = system.submit("TEST_JOB", connection=connection)
+        assert system.counts()["PENDING"] == 0, "nobody else sees it before the commit"
+        connection.commit()
+    connection.close()
+    assert [job.id for job in system.jobs().jobs] == [committed.id]
+    assert rolled_back.id != committed.id
+
+
+def test_an_idempotency_key_makes_one_job_and_refuses_another(system: JobSystem) -> None:
+    first = system.submit("TEST_JOB", {"sleepMs": 1}, idempotency_key="k")
+    again = system.submit("TEST_JOB", {"sleepMs": 1}, idempotency_key="k")
+    assert (again.id, again.replayed, first.replayed) == (first.id, True, False)
+    with pytest.raises(Exception, match="already used"):
+        system.submit("TEST_JOB", {"sleepMs": 2}, idempotency_key="k")
+    assert system.submit_many([Submission("TEST_JOB", {"sleepMs": 1}, idempotency_key="k")]) == [first.id]
+
+
+def test_submit_many_is_all_or_none_and_names_the_item(system: JobSystem) -> None:
+    with pytest.raises(Exception, match="1.payload.sleepMs") as caught:
+        system.submit_many([Submission("TEST_JOB"), Submission("TEST_JOB", {"sleepMs": "no"})])
+    assert caught.value.errors[0]["loc"][:3] == [1, "payload", "sleepMs"]  # type: ignore[attr-defined]
+    assert system.jobs().jobs == []
+
+
+def test_paging_walks_every_job_once_newest_first(system: JobSystem) -> None:
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(25))
+    seen: list[str] = []
+    cursor = None
+    while True:
+        page = system.jobs(limit=7, cursor=cursor)
+        seen += [job.id for job in page.jobs]
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert seen == ids[::-1]
+
+
+@pytest.mark.parametrize(
+    "filters", [{"status": "FAILED"}, {"status": ("FAILED", "DEAD")}, {"q": "100%_"}, {"queue": "x"}, {"priority": "low"}]
+)
+def test_every_filter_makes_a_statement_that_runs(system: JobSystem, filters: dict[str, Any]) -> None:
+    assert system.jobs(**filters).jobs == []
+
+
+@pytest.mark.parametrize("name", sorted(set(db.STATEMENTS)))
+def test_every_statement_is_valid_against_the_schema(database_url: str, name: str) -> None:
+    names: list[str] = []
+
+    def number(match: re.Match[str]) -> str:
+        if match[1] not in names:
+            names.append(match[1])
+        return f"${names.index(match[1]) + 1}"
+
+    statement = db.STATEMENTS[name].replace("{conditions}", "true")
+    execute(database_url, f"prepare it as {re.sub(r'%[(]([a-z_]+)[)]s', number, statement)}".replace("%%", "%"))
+
+
+def test_the_claim_walks_the_ready_index_and_never_the_table(system: JobSystem, worker: Worker, database_url: str) -> None:
+    execute(
+        database_url,
+        """insert into jobs (type, queue, status, run_at, finished_at, attempt)
+           select 'TEST_JOB', 'default', case when n % 10 = 0 then 'PENDING' else 'COMPLETED' end, now(), case when n % 10 = 0 then null else now() end, 1
+           from generate_series(1, 50000) n""",
+    )
+    execute(database_url, "analyze jobs")
+    with psycopg2.connect(database_url) as connection, connection.cursor() as cursor:
+        parameters = {
+            "worker": worker.id,
+            "queue": "default",
+            "types": ["TEST_JOB"],
+            "priorities": [-10, 0, 10],
+            "from_run_at": [BEGINNING[0]] * 3,
+            "from_id": [BEGINNING[1]] * 3,
+            "n": 200,
+        }
+        cursor.execute("explain " + db.STATEMENTS["claim"], parameters)
+        plan = "\n".join(row[0] for row in cursor.fetchall())
+        cursor.execute("explain " + db.STATEMENTS["finish"], {"id": [new_job_id()] * 200, "claim": [1] * 200, "result": [None] * 200})
+        settle = "\n".join(row[0] for row in cursor.fetchall())
+    connection.close()
+    assert "jobs_ready" in plan and "Seq Scan on jobs" not in plan
+    assert "Seq Scan on jobs" not in settle

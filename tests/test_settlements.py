@@ -1,0 +1,119 @@
+"""Outcomes on their way into the database: grouped, fenced, kept while the database is away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from conftest import execute
+from dramatiq.errors import ConnectionError
+from test_queue import Worker
+
+from jobsys import db
+from jobsys.ids import new_job_id
+from jobsys.running import RunningJob
+from jobsys.settlements import Outcome, Settlements, Submitted, plain_text
+from jobsys.system import JobSystem, Submission
+
+
+@pytest.fixture
+def worker(system: JobSystem) -> Worker:
+    return Worker(system.database)
+
+
+@pytest.fixture
+def lost() -> list[RunningJob]:
+    return []
+
+
+@pytest.fixture
+def settlements(system: JobSystem, lost: list[RunningJob]) -> Settlements:
+    return Settlements(system.database, lost=lost.append)
+
+
+@pytest.fixture
+def running(system: JobSystem, worker: Worker) -> Callable[[], RunningJob]:
+    """A job, submitted and claimed by `worker`."""
+
+    def claim() -> RunningJob:
+        job = system.submit("TEST_JOB")
+        [(id, number)] = worker.claim()
+        row = (id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, job.run_at, 0)
+        return RunningJob(row, worker=worker.id, job_type=None)
+
+    return claim
+
+
+def next_job() -> Submitted:
+    return Submitted(new_job_id(), "TEST_JOB", "default", 0, "{}", "{}", 4, None, None, None, None)
+
+
+def finish(job: RunningJob) -> Outcome:
+    return Outcome("finish", job, {"result": '{"ok": true}'})
+
+
+def test_what_follows_a_job_is_inserted_with_its_end(system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob]) -> None:
+    job = running()
+    job.followups = [next_job()]
+    settlements.add(finish(job))
+    assert system.job(job.message_id).status == "COMPLETED"
+    assert system.job(job.followups[0].id).status == "PENDING"
+
+
+def test_what_follows_is_not_inserted_when_the_job_was_lost(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], worker: Worker, lost: list[RunningJob]
+) -> None:
+    job = running()
+    job.followups = [next_job()]
+    worker.rescue(worker)
+    settlements.add(finish(job))
+    assert lost == [job]
+    assert len(system.jobs().jobs) == 1 and system.job(job.message_id).status == "PENDING"
+
+
+def test_outcomes_wait_while_the_database_is_away_and_are_written_once(
+    system: JobSystem, running: Callable[[], RunningJob], lost: list[RunningJob], database_url: str
+) -> None:
+    jobs = [running() for _ in range(3)]
+    away = db.Database("postgresql://postgres@127.0.0.1:1/none", wait=1)
+    settlements = Settlements(away, lost=lost.append)
+    for job in jobs:
+        with pytest.raises(ConnectionError):
+            settlements.add(finish(job))
+    assert len(settlements) == 3
+    with pytest.raises(ConnectionError):
+        settlements.add(finish(jobs[0]))
+    assert len(settlements) == 3, "Dramatiq repeats the ack; the outcome is there already"
+    away.url = database_url
+    settlements.add(finish(jobs[0]))
+    assert len(settlements) == 0 and lost == []
+    assert system.totals()["jobs_success"] == 3
+
+
+def test_one_outcome_that_cannot_be_stored_does_not_take_the_others_along(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob]
+) -> None:
+    good, bad = running(), running()
+    settlements._waiting.append(finish(good))
+    settlements.add(Outcome("finish", bad, {"result": '"\\u0000"'}))
+    assert system.job(good.message_id).status == "COMPLETED"
+    now = system.job(bad.message_id)
+    assert now.status == "FAILED" and "can't be stored" in (now.error or {})["message"]
+
+
+def test_a_group_is_one_statement_and_one_commit(system: JobSystem, settlements: Settlements, worker: Worker, database_url: str) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(50))
+    moment = system.job(system.jobs().jobs[0].id).run_at
+    jobs = [
+        RunningJob((id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, moment, 0), worker=worker.id, job_type=None)
+        for id, number in worker.claim(50)
+    ]
+    settlements._waiting.extend(finish(job) for job in jobs[:-1])
+    settlements.add(finish(jobs[-1]))
+    assert execute(database_url, "select count(distinct xmin::text) from jobs where status = 'COMPLETED'") == [(1,)]
+
+
+def test_text_that_postgresql_cannot_hold_is_made_such_that_it_can() -> None:
+    assert plain_text("a\x00b") == "a\ufffdb"
+    assert "\ud800" not in plain_text("a\ud800b")
+    assert len(plain_text("x" * 1_000_000, 1000)) < 1100

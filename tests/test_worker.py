@@ -1,0 +1,342 @@
+"""Workers as the Procfile starts them: jobs run, fail, stop, crash, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Running, eventually, execute
+
+from jobsys.ids import new_job_id
+from jobsys.settings import Settings
+from jobsys.system import JobRecord, JobSystem, Submission
+
+StartWorker = Callable[..., Running]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    return tmp_path / "ledger"
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """With the job types of example_types.py, for this process and the workers."""
+    return settings.model_copy(update={"job_modules": ["example_types"]})
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers find example_types.py as a user's module is found: on the path."""
+    here = str(Path(__file__).parent)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setattr("conftest.CHECKOUT", f"{Path(here).parent}{os.pathsep}{here}")
+
+
+def lines(ledger: Path, what: str = "") -> list[str]:
+    return [line for line in ledger.read_text().splitlines() if line.startswith(what)] if ledger.exists() else []
+
+
+def started(ledger: Path, n: int = 1, timeout: float = 15) -> list[str]:
+    eventually(lambda: len(lines(ledger, "start")) >= n, timeout)
+    return lines(ledger, "start")
+
+
+def until(system: JobSystem, job: JobRecord, *statuses: str, timeout: float = 20) -> JobRecord:
+    return eventually(lambda: next((now for now in [system.job(job.id)] if now.status in statuses), None), timeout)
+
+
+def test_a_job_runs_and_its_result_is_kept(system: JobSystem, worker: Running) -> None:
+    done = system.wait(system.submit("TEST_JOB", {"progressSteps": 2, "hello": "world"}).id, 20)
+    assert (done.status, done.attempt, (done.result or {})["hello"]) == ("COMPLETED", 1, "world")
+    assert (done.progress or {})["fraction"] == 1.0 and done.worker is not None
+    kinds = [event.kind for event in system.events(done.id)]
+    assert kinds[0] == "created" and kinds[-1] == "finished" and "log" in kinds
+
+
+def test_a_failing_job_is_retried_with_growing_pauses_and_then_failed(system: JobSystem, worker: Running) -> None:
+    done = system.wait(system.submit("TEST_JOB", {"failTimes": 9}, max_retries=2).id, 20)
+    assert (done.status, done.attempt, (done.error or {})["attempt"]) == ("FAILED", 3, 3)
+    failures = system.failures(done.id)
+    assert [failure.attempt for failure in failures] == [1, 2, 3]
+    assert all("RuntimeError" in failure.traceback and "dramatiq" not in failure.traceback for failure in failures)
+    assert len({failure.fingerprint for failure in failures}) == 1
+    assert system.totals()["jobs_retried"] == 2
+
+
+def test_a_retried_job_can_succeed_and_keeps_its_history(system: JobSystem, worker: Running) -> None:
+    done = system.wait(system.submit("TEST_JOB", {"failTimes": 1}).id, 20)
+    assert (done.status, done.attempt) == ("COMPLETED", 2)
+    assert len(system.failures(done.id)) == 1
+
+
+def test_giving_up_is_final(system: JobSystem, worker: Running, ledger: Path) -> None:
+    done = system.wait(system.submit("HOPELESS", {"ledger": str(ledger)}).id, 20)
+    assert (done.status, done.attempt, (done.error or {})["message"]) == ("FAILED", 1, "there is no point")
+
+
+def test_an_operator_can_run_a_failed_job_again(system: JobSystem, worker: Running, ledger: Path) -> None:
+    job = system.submit("HOPELESS", {"ledger": str(ledger)})
+    system.wait(job.id, 20)
+    system.retry(job.id, by="me")
+    started(ledger, 2)
+    again = until(system, job, "FAILED")
+    assert again.attempt == 1 and len(system.failures(job.id)) == 2
+    assert [(event.kind, event.by) for event in system.events(job.id) if event.by] == [("retried", "me")]
+
+
+def test_a_payload_that_no_longer_validates_is_a_dead_letter(system: JobSystem, worker: Running, database_url: str) -> None:
+    [(id,)] = execute(database_url, "insert into jobs (type, payload) values ('TEST_JOB', '{\"sleepMs\": \"soon\"}') returning id::text")
+    done = system.wait(id, 20)
+    assert done.status == "DEAD" and "sleepMs" in (done.error or {})["message"]
+
+
+@pytest.mark.parametrize("how", ["nul", "surrogate", "huge", "mute", "exit", "set of", "nan", "nul result"])
+def test_however_a_job_fails_it_ends_once_and_is_recorded(system: JobSystem, worker: Running, how: str) -> None:
+    done = system.wait(system.submit("VICIOUS", {"how": how.removesuffix(" of")}).id, 20)
+    if how == "set of":
+        assert done.status == "COMPLETED" and sorted(done.result) == [1, 2]
+    else:
+        assert done.status == "FAILED" and (done.error or {})["message"]
+    assert system.wait(system.submit("TEST_JOB").id, 20).status == "COMPLETED"
+
+
+def test_a_running_job_is_cancelled_in_whichever_process_it_runs(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    start_worker(WORKER_PROCESSES=2)
+    job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 60})
+    started(ledger)
+    assert system.cancel(job.id, by="me").status == "PROCESSING"
+    assert until(system, job, "CANCELLED").finished_at is not None
+    assert not lines(ledger, "end")
+
+
+def test_a_job_that_does_not_ask_is_stopped_inside_its_function(system: JobSystem, worker: Running, ledger: Path) -> None:
+    job = system.submit("DEAF", {"ledger": str(ledger), "seconds": 60})
+    [line] = started(ledger)
+    system.cancel(job.id)
+    until(system, job, "CANCELLED")
+    os.kill(int(line.split()[3]), 0)  # its process lives on
+    assert system.wait(system.submit("TEST_JOB").id, 20).status == "COMPLETED"
+
+
+def test_a_job_that_nothing_can_stop_costs_its_process_and_no_other_job(system: JobSystem, worker: Running, ledger: Path) -> None:
+    stone = system.submit("STONE", {"ledger": str(ledger), "seconds": 50})
+    [line] = started(ledger)
+    neighbour = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 7, "label": "neighbour"})
+    started(ledger, 2)
+    system.cancel(stone.id)
+    assert until(system, stone, "CANCELLED", timeout=15)
+    assert system.wait(neighbour.id, 30).status == "COMPLETED"
+    eventually(lambda: not psutil.pid_exists(int(line.split()[3])), 15)
+    assert system.wait(system.submit("TEST_JOB").id, 20).status == "COMPLETED"
+
+
+def test_a_job_over_its_time_limit_has_failed(system: JobSystem, worker: Running, ledger: Path) -> None:
+    done = system.wait(system.submit("SHORT_OF_TIME", {"ledger": str(ledger)}).id, 20)
+    assert (done.status, (done.error or {})["type"]) == ("FAILED", "TimeLimitExceeded")
+
+
+def test_sigterm_lets_running_jobs_finish_and_gives_the_others_back(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    worker = start_worker(WORKER_THREADS=1, SHUTDOWN_GRACE="20s")
+    first = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 1.5})
+    started(ledger)
+    waiting = system.submit_many(Submission("LEDGER", {"ledger": str(ledger)}) for _ in range(20))
+    assert worker.stop() == 0
+    assert system.job(first.id).status == "COMPLETED"
+    left = [system.job(id) for id in waiting]
+    assert {(job.status, job.attempt) for job in left} == {("PENDING", 0)}
+    assert system.workers() == []
+
+
+def test_a_job_that_outlasts_the_grace_goes_back_as_the_same_attempt(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    worker = start_worker(SHUTDOWN_GRACE="500ms")
+    stubborn = system.submit("STONE", {"ledger": str(ledger), "seconds": 30})
+    willing = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 30})
+    started(ledger, 2)
+    assert worker.stop() == 0
+    for job in (stubborn, willing):
+        now = system.job(job.id)
+        assert (now.status, now.attempt, now.worker) == ("PENDING", 0, None)
+    assert not lines(ledger, "end")
+
+
+def test_a_killed_workers_job_runs_again_elsewhere(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    start_worker()
+    job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 2})
+    [line] = started(ledger)
+    os.kill(int(line.split()[3]), signal.SIGKILL)
+    done = until(system, job, "COMPLETED")
+    assert done.attempt == 2 and len(lines(ledger, "start")) == 2
+    assert [failure.type for failure in system.failures(job.id)] == ["WorkerLost"]
+
+
+def test_when_the_whole_machine_dies_its_jobs_run_on_another(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    one = start_worker()
+    job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 2})
+    started(ledger)
+    one.process.kill()
+    for process in one.family:
+        process.kill()
+    pids = [int(line.split()[3]) for line in started(ledger)]
+    os.kill(pids[0], signal.SIGKILL)
+    start_worker()
+    assert until(system, job, "COMPLETED").attempt == 2
+
+
+def test_when_only_the_supervisor_dies_its_workers_end_in_good_order(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    worker = start_worker(SHUTDOWN_GRACE="10s")
+    job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 1})
+    [line] = started(ledger)
+    worker.process.kill()
+    assert until(system, job, "COMPLETED").attempt == 1
+    eventually(lambda: not psutil.pid_exists(int(line.split()[3])), 15)
+    assert system.workers() == []
+
+
+def test_a_frozen_workers_job_runs_elsewhere_and_the_frozen_one_cannot_record_its_end(
+    system: JobSystem, start_worker: StartWorker, ledger: Path
+) -> None:
+    start_worker(WORKER_LOST_AFTER="1s")
+    job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 3})
+    [line] = started(ledger)
+    frozen = int(line.split()[3])
+    os.kill(frozen, signal.SIGSTOP)
+    other = start_worker(WORKER_LOST_AFTER="1s")
+    started(ledger, 2)
+    os.kill(frozen, signal.SIGCONT)
+    done = until(system, job, "COMPLETED")
+    assert done.attempt == 2
+    ends = eventually(lambda: lines(ledger, "end"))
+    assert {int(end.split()[3]) for end in ends} != {frozen}
+    eventually(lambda: len([worker for worker in system.workers() if worker.alive]) == 2)
+    assert other.process.poll() is None
+
+
+def test_a_job_that_kills_its_worker_three_times_is_a_dead_letter(system: JobSystem, worker: Running, ledger: Path) -> None:
+    job = system.submit("KILLER", {"ledger": str(ledger)})
+    done = until(system, job, "DEAD", timeout=40)
+    assert done.attempt == 3 and len(lines(ledger, "start")) == 3
+    assert system.wait(system.submit("TEST_JOB").id, 20).status == "COMPLETED", "the service goes on"
+
+
+def test_losing_every_database_connection_loses_and_doubles_nothing(
+    system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str
+) -> None:
+    start_worker(WORKER_THREADS=8)
+    ids = system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 0.05, "label": f"n{n}"}) for n in range(300))
+    started(ledger, 20)
+    for _ in range(4):
+        execute(
+            database_url,
+            "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
+        )
+        time.sleep(0.4)
+    eventually(lambda: system.counts()["COMPLETED"] == 300, 40)
+    assert len(lines(ledger, "start")) == len(lines(ledger, "end")) == 300, "each ran once: no process died"
+    assert {system.job(id).attempt for id in ids} == {1}
+
+
+def test_a_type_this_worker_does_not_know_waits_for_one_that_does(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    job = system.submit("LEDGER", {"ledger": str(ledger)})
+    start_worker(JOB_MODULES="")
+    assert system.wait(system.submit("TEST_JOB").id, 20).status == "COMPLETED"
+    assert system.job(job.id).status == "PENDING"
+    start_worker()
+    assert system.wait(job.id, 20).status == "COMPLETED"
+
+
+def test_a_delayed_job_starts_when_it_is_due_and_not_before(system: JobSystem, worker: Running) -> None:
+    done = system.wait(system.submit("TEST_JOB", delay=1.0).id, 20)
+    assert done.started_at is not None and done.started_at >= done.run_at
+
+
+def test_an_urgent_job_starts_before_the_backlog(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 0.2, "label": f"n{n}"}) for n in range(60))
+    start_worker(WORKER_THREADS=2)
+    started(ledger, 4)
+    before = len(lines(ledger, "start"))
+    urgent = system.submit("LEDGER", {"ledger": str(ledger), "label": "urgent"}, priority="high")
+    system.wait(urgent.id, 20)
+    position = next(number for number, line in enumerate(lines(ledger, "start")) if " urgent " in line)
+    assert position <= before + 4, "behind what was running or started meanwhile, and not behind the backlog"
+
+
+def test_a_paced_queue_keeps_its_pace_over_all_processes_most_urgent_first(system: JobSystem, start_worker: StartWorker) -> None:
+    group = new_job_id()
+    for priority in ("low", "default", "high"):
+        system.submit_many(Submission("INGEST_BATCH", {"ids": [n]}, priority=priority, group_id=group) for n in (1, 2))
+    start_worker(WORKER_PROCESSES=3, INGEST_RATE="1/700ms")
+    eventually(lambda: all(job.finished for job in system.group(group)), 30)
+    order = sorted(system.group(group), key=lambda job: job.started_at or job.created_at)
+    assert [job.priority for job in order] == [-10, -10, 0, 0, 10, 10]
+    starts = [job.started_at for job in order if job.started_at]
+    gaps = [(later - earlier).total_seconds() for earlier, later in zip(starts, starts[1:], strict=False)]
+    assert min(gaps) >= 0.7
+
+
+def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    system.limit("default", max_running=2)
+    start_worker(WORKER_PROCESSES=2)
+    system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 0.2}) for _ in range(10))
+    eventually(lambda: system.counts()["COMPLETED"] == 10, 30)
+    running = most = 0
+    for line in sorted(lines(ledger), key=lambda line: float(line.split()[4])):
+        running += 1 if line.startswith("start") else -1
+        most = max(most, running)
+    assert most == 2
+
+
+def test_a_paused_queue_starts_nothing_until_it_is_resumed(system: JobSystem, worker: Running) -> None:
+    system.wait(system.submit("TEST_JOB").id, 20)
+    system.pause("default")
+    job = system.submit("TEST_JOB")
+    assert system.wait(job.id, 1).status == "PENDING"
+    system.resume("default")
+    assert system.wait(job.id, 10).status == "COMPLETED"
+
+
+def test_plain_dramatiq_actors_run_in_the_same_worker(system: JobSystem, worker: Running, tmp_path: Path) -> None:
+    import dramatiq
+    import example_types
+
+    broker: Any = system.broker
+    add = dramatiq.actor(example_types.add.fn, broker=broker, actor_name="add", queue_name="plain", store_results=True)
+    write = dramatiq.actor(
+        example_types.write_line.fn, broker=broker, actor_name="write_line", queue_name="plain", max_retries=1, min_backoff=10
+    )
+    results = broker.get_results_backend()
+    assert add.send(1, b=2).get_result(backend=results, block=True) == 3
+    pipe = dramatiq.pipeline([add.message(1, 2), add.message(3), add.message(4)], broker=broker).run()
+    assert pipe.get_result(block=True, timeout=15_000) == 10
+    group = dramatiq.group([add.message(n, n) for n in range(5)], broker=broker).run()
+    assert list(group.get_results(block=True, timeout=15_000)) == [0, 2, 4, 6, 8]
+    file = tmp_path / "written"
+    write.send_with_options(args=(str(file), "later"), delay=300)
+    write.send(str(file), "failing", fail=True)
+    broker.join("plain", timeout=20_000)
+    assert sorted(file.read_text().split()) == ["failing", "failing", "later"]
+    from dramatiq.results.errors import ResultFailure
+
+    failing = add.send("one", 2)
+    with pytest.raises(ResultFailure, match="TypeError"):
+        system.cancel(failing.message_id) if system.wait(failing.message_id, 2).status == "SCHEDULED" else None
+        failing.get_result(backend=results, block=True, timeout=15_000)
+
+
+def test_nothing_is_left_in_memory_or_in_the_database_when_a_worker_has_left(
+    system: JobSystem, start_worker: StartWorker, database_url: str
+) -> None:
+    worker = start_worker(WORKER_PROCESSES=2)
+    system.submit_many(Submission("TEST_JOB") for _ in range(200))
+    eventually(lambda: system.counts()["COMPLETED"] == 200, 20)
+    assert worker.stop() == 0
+    assert execute(database_url, "select count(*) from workers") == [(0,)]
+    assert execute(database_url, "select count(*) from pg_locks where locktype = 'advisory'") == [(0,)]
+    names = "select count(*) from pg_stat_activity where datname = current_database() and application_name in ('jobsys worker', 'jobsys heart', 'jobsys chores')"
+    eventually(lambda: execute(database_url, names) == [(0,)])
