@@ -1,7 +1,7 @@
 """jobsys: a job server on the PostgreSQL you already run.
 
-Start reading at sql/schema.sql, the story of the whole system; then system.py, what everything above talks to; broker.py, how a job reaches a worker and
-how its end is written; job_types.py and jobs/, what a job is.
+Start reading at sql/schema.sql, the story of the whole system; then system.py, what everything above talks to; broker.py, how a job
+reaches a worker and how its end is written; job_types.py and jobs/, what a job is.
 """
 
 import importlib

@@ -1,4 +1,5 @@
-"""Dramatiq's broker on the table `jobs`: the row is the message, the claim is the delivery, and `ack` and `nack` write how an attempt ended.
+"""Dramatiq's broker on the table `jobs`: the row is the message, the claim is the delivery, and `ack` and `nack` write how an attempt
+ended.
 
 JobsBroker and JobsConsumer are dramatiq_pg's PostgresBroker and PostgresConsumer with everything below the interface replaced; the reasons
 are in the README under design decisions. What a process is as a worker is presence.py.
@@ -16,7 +17,6 @@ from hashlib import sha256
 from typing import Any
 
 from dramatiq import Actor
-from dramatiq.broker import MessageProxy
 from dramatiq.common import compute_backoff
 from dramatiq.errors import ConnectionError, QueueJoinTimeout
 from dramatiq.message import Message
@@ -39,7 +39,7 @@ from jobsys.settlements import Failed, Outcome, Submitted, insert, plain_text
 log = logs.get(__name__)
 
 
-class JobsBroker(PostgresBroker):  # type: ignore[misc]
+class JobsBroker(PostgresBroker):
     """The broker. Opens no connection before something is sent or consumed."""
 
     def __init__(self, database: db.Database, *, settings: Settings) -> None:
@@ -66,8 +66,8 @@ class JobsBroker(PostgresBroker):  # type: ignore[misc]
     def enqueue(self, message: Any, *, delay: int | None = None) -> Any:
         """Insert a message as a job, due in `delay` milliseconds. Committed when this returns.
 
-        Called while an attempt ends (by Retries with the job itself, by Pipelines and Callbacks with the next one) it writes nothing: the statement
-        that ends the attempt writes both or neither.
+        Called while an attempt ends (by Retries with the job itself, by Pipelines and Callbacks with the next one) it writes nothing:
+        the statement that ends the attempt writes both or neither.
         """
         if isinstance(message, RunningJob):
             message.retry_delay = (delay or 0) / 1000
@@ -235,7 +235,7 @@ class JobsBroker(PostgresBroker):  # type: ignore[misc]
         )
 
 
-class JobsConsumer(PostgresConsumer):  # type: ignore[misc]
+class JobsConsumer(PostgresConsumer):
     """One queue's jobs for one process. Dramatiq gives each queue a thread that iterates over its consumer."""
 
     def __init__(self, *, broker: JobsBroker, presence: Presence, queue_name: str, prefetch: int, timeout: int) -> None:
@@ -264,7 +264,7 @@ class JobsConsumer(PostgresConsumer):  # type: ignore[misc]
         """The attempt was the last: FAILED, or DEAD when the job can't be run."""
         self.presence.settle(message, bury(message))
 
-    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+    def requeue(self, messages: Iterable[RunningJob]) -> None:
         """Give back what was claimed and not started, as the same attempt."""
         for message in messages:
             self.presence.settle(message, release(message))
@@ -297,7 +297,7 @@ class JobsConsumer(PostgresConsumer):  # type: ignore[misc]
         return Outcome("retry", message, _failure(message) | {"worker": message.worker, "delay": delay / 1000})
 
 
-class JobResults(ResultBackend):  # type: ignore[misc]
+class JobResults(ResultBackend):
     """Dramatiq's results, which here are the jobs' own: kept as long as the job, written by the statement that finishes it."""
 
     def __init__(self, database: db.Database) -> None:
@@ -333,7 +333,7 @@ class JobResults(ResultBackend):  # type: ignore[misc]
             pause = min(pause * 1.5, 0.25)
 
 
-class Attendance(Middleware):  # type: ignore[misc]
+class Attendance(Middleware):
     """Ties Dramatiq's Worker to the presence of this process: its queue, its running jobs, its end."""
 
     def before_worker_boot(self, broker: JobsBroker, worker: Any) -> None:
@@ -390,8 +390,20 @@ def _message_of(error: BaseException) -> str:
 def _traceback_of(error: BaseException) -> str:
     try:
         frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if "/dramatiq/" not in frame.filename and not frame.filename.endswith(("jobsys/running.py", "jobsys/broker.py"))]
-        return plain_text("".join(["Traceback (most recent call last):\n", *traceback.format_list(ours[-30:]), *traceback.format_exception_only(type(error), error)]))
+        ours = [
+            frame
+            for frame in frames
+            if "/dramatiq/" not in frame.filename and not frame.filename.endswith(("jobsys/running.py", "jobsys/broker.py"))
+        ]
+        return plain_text(
+            "".join(
+                [
+                    "Traceback (most recent call last):\n",
+                    *traceback.format_list(ours[-30:]),
+                    *traceback.format_exception_only(type(error), error),
+                ]
+            )
+        )
     except Exception:
         return f"{type(error).__name__} (its traceback can't be had)"
 

@@ -39,6 +39,7 @@ class Chores(threading.Thread):
             (self.rescue, poll),
             (self.remove_stopped, poll),
             (self.sum_tallies, poll),
+            (self.give_back_unheld, 2 * self._settings.worker_heartbeat),
             (self.rescue_orphans, 30.0),
             (self.prune, 60.0),
         ]
@@ -76,6 +77,10 @@ class Chores(threading.Thread):
             if worker != self._presence.id:
                 self._rescue_jobs_of(worker, "its worker died or was cut off")
 
+    def give_back_unheld(self) -> None:
+        """Give back jobs of this worker's that it does not know of."""
+        self._presence.give_back_unheld()
+
     def rescue_orphans(self) -> None:
         """Give jobs back whose worker has no row: nobody else would."""
         for (worker,) in self._database.run("orphans"):
@@ -108,7 +113,9 @@ class Chores(threading.Thread):
                     db.run(connection, "forget_worker", id=worker)
             if not rescued:
                 return
-            log.warning("rescued the jobs of a lost worker", worker=worker, jobs=len(rescued), dead=sum(status == "DEAD" for _, status in rescued))
+            log.warning(
+                "rescued the jobs of a lost worker", worker=worker, jobs=len(rescued), dead=sum(status == "DEAD" for _, status in rescued)
+            )
 
     def _attempt(self, chore: Callable[[], float | None]) -> float | None:
         try:

@@ -27,8 +27,9 @@ NAPS = (0.01, 0.05)
 """The first waits after falling asleep, in seconds: a job may have been inserted by somebody who did not see the sleeper yet."""
 
 
-class WorkQueue(queue.PriorityQueue):  # type: ignore[type-arg]
-    """What Dramatiq's threads take from, in the order of the jobs themselves (Dramatiq's own orders by actor). Counts what it needs to measure the pace."""
+class WorkQueue(queue.PriorityQueue):
+    """What Dramatiq's threads take from, in the order of the jobs themselves (Dramatiq's own orders by actor). Counts what it needs to
+    measure the pace."""
 
     def __init__(self, threads: int) -> None:
         super().__init__()

@@ -6,8 +6,11 @@ in a session, so a transaction pooler may stand in between. Whatever means "the 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +30,8 @@ Row = tuple[Any, ...]
 SQL = next(place for place in (Path(__file__).parent / "sql", Path(__file__).parent.parent / "sql") if place.is_dir())
 """Where the SQL is: inside the package once installed, beside it in a checkout."""
 
+LONGEST_TRANSACTION = 60.0
+"""Seconds after which a transaction of several statements is cut, where connections are watched at all."""
 _NEVER_WORTH_REPEATING = (pg_errors.StatementTooComplex, pg_errors.ProgramLimitExceeded)
 
 
@@ -50,15 +55,21 @@ STATEMENTS = load_statements("queue.sql", "jobs.sql")
 
 
 class Database:
-    """A bounded pool of connections to one PostgreSQL. Opens none before the first use; safe for threads."""
+    """A bounded pool of connections to one PostgreSQL. Opens none before the first use; safe for threads.
 
-    def __init__(self, url: str, *, size: int = 4, wait: float = 5.0, name: str = "jobsys", statement_timeout: float | None = None) -> None:
+    `wait` bounds, in seconds, the wait for a free connection and for a new one to open; `patience` the time a connection may be in use:
+    one that is used longer is cut, because the server may never answer.
+    """
+
+    def __init__(self, url: str, *, size: int = 4, wait: float = 5.0, name: str = "jobsys", patience: float | None = None) -> None:
         self.url = url
         self.wait = wait
         self._name = name
-        self._statement_timeout = statement_timeout
+        self._patience = patience
         self._turns = threading.BoundedSemaphore(size)
         self._idle: list[Any] = []
+        self._in_use: dict[Any, float] = {}
+        self._watch: threading.Thread | None = None
 
     def connect(self) -> Any:
         """A fresh connection in autocommit, not part of the pool. Raises DatabaseUnavailable."""
@@ -70,21 +81,22 @@ class Database:
             "keepalives_count": 3,
             "tcp_user_timeout": 10_000,
         }
-        if self._statement_timeout is not None and "options=" not in self.url:
-            parameters["options"] = f"-c statement_timeout={int(self._statement_timeout * 1000)}"
         with translated():
             connection = psycopg2.connect(self.url, **parameters)
             connection.autocommit = True
         return connection
 
     @contextmanager
-    def connection(self) -> Iterator[Any]:
+    def connection(self, *, patience: float | None = None) -> Iterator[Any]:
         """A connection of the pool, for the time of the block; waits for one up to `wait` seconds. A broken one is closed, not returned."""
         if not self._turns.acquire(timeout=self.wait):
             raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
         connection = None
         try:
             connection = self._take()
+            if self._patience is not None:
+                self._in_use[connection] = time.monotonic() + (patience or self._patience)
+                self._start_watch()
             with translated():
                 yield connection
         except BaseException:
@@ -94,6 +106,7 @@ class Database:
         else:
             self._idle.append(connection)
         finally:
+            self._in_use.pop(connection, None)
             self._turns.release()
 
     def run(self, name: str, **parameters: Any) -> list[Row]:
@@ -104,13 +117,28 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[Any]:
         """A connection inside a transaction: committed when the block ends, rolled back when it raises."""
-        with self.connection() as connection, connection:
+        with self.connection(patience=LONGEST_TRANSACTION) as connection, connection:
             yield connection
 
     def close(self) -> None:
         """Close the idle connections. Those in use are closed by whoever holds them."""
         while self._idle:
             _close(self._idle.pop())
+
+    def _start_watch(self) -> None:
+        if self._watch is None or not self._watch.is_alive():
+            self._watch = threading.Thread(target=self._cut_the_unanswered, name="jobsys database watch", daemon=True)
+            self._watch.start()
+
+    def _cut_the_unanswered(self) -> None:
+        """libpq waits for an answer without end; what ends the wait is the end of the socket."""
+        while True:
+            time.sleep(0.25)
+            now = time.monotonic()
+            for connection, deadline in list(self._in_use.items()):
+                if now > deadline and self._in_use.pop(connection, None) is not None:
+                    with contextlib.suppress(OSError, psycopg2.Error), socket.socket(fileno=os.dup(connection.fileno())) as cut:
+                        cut.shutdown(socket.SHUT_RDWR)
 
     def _take(self) -> Any:
         while self._idle:
@@ -135,20 +163,23 @@ def alive(connection: Any) -> bool:
     """
     if connection.closed or connection.info.transaction_status != extensions.TRANSACTION_STATUS_IDLE:
         return False
-    socket = select.poll()
-    socket.register(connection.fileno(), select.POLLIN)
-    return not socket.poll(0)
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return not poll.poll(0)
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """What psycopg2 raises when the server is away becomes DatabaseUnavailable. A killed connection is an InterfaceError, too."""
+    """What psycopg2 raises when the server is away, or has no tables yet, becomes DatabaseUnavailable. A killed connection is an
+    InterfaceError, too."""
     try:
         yield
     except _NEVER_WORTH_REPEATING:
         raise
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
         raise DatabaseUnavailable(_first_line(error)) from error
+    except pg_errors.UndefinedTable as error:
+        raise DatabaseUnavailable("the database has no tables of jobsys, or older ones: run `jobsys migrate`") from error
 
 
 def url_of(settings: Settings) -> str:
@@ -207,10 +238,8 @@ def _migrations() -> list[tuple[int, Path]]:
 
 
 def _close(connection: Any) -> None:
-    try:
+    with contextlib.suppress(psycopg2.Error):
         connection.close()
-    except psycopg2.Error:
-        pass
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ the connection is no death: the heart opens another, and the process keeps its r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -136,10 +137,8 @@ class Heart(threading.Thread):
     def _close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            try:
+            with contextlib.suppress(psycopg2.Error):
                 connection.close()
-            except psycopg2.Error:
-                pass
 
 
 def _ending(job: RunningJob) -> BaseException:

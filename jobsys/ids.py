@@ -12,7 +12,8 @@ _last = 0
 
 
 def new_job_id() -> str:
-    """A new id, greater than every other this process made: a millisecond's worth of the clock, a counter in its 12 spare bits, 62 random bits."""
+    """A new id, greater than every other this process made: a millisecond's worth of the clock, a counter in its 12 spare bits, 62
+    random bits."""
     global _last
     with _lock:
         # Milliseconds and counter are one number of 60 bits; more than 4096 ids in a millisecond borrow from the next one.

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from jobsys.settings import Settings
 
 
-# What became of a failed attempt is logged when it has been written (presence.py), in one line; Dramatiq's lines would say it again, with its own frames.
-logging.getLogger("dramatiq.middleware.retries.Retries").setLevel(logging.ERROR)
+# What became of a failed attempt is logged when it has been written (presence.py), in one line; Dramatiq's lines would say it again,
+# with its own frames. logging.getLogger("dramatiq.middleware.retries.Retries").setLevel(logging.ERROR)
 logging.getLogger("dramatiq.worker.WorkerThread").addFilter(lambda record: not str(record.msg).startswith("Failed to process message"))
 
 
@@ -37,7 +37,7 @@ class CannotRun(Exception):
     """The job can't be run at all: its payload is no longer valid, or its row can't be read."""
 
 
-class Priority(Middleware):  # type: ignore[misc]
+class Priority(Middleware):
     """Gives every message its number: the option `priority` (a name or a number), else the actor's own."""
 
     def before_enqueue(self, broker: JobsBroker, message: Any, delay: int | None) -> None:
@@ -51,16 +51,19 @@ class Priority(Middleware):  # type: ignore[misc]
             message.options["priority"] = actor.priority if actor is not None else PRIORITIES["default"]
 
 
-class Stopping(Middleware):  # type: ignore[misc]
+class Stopping(Middleware):
     """Sets each attempt's deadline. Who watches it, and the order to cancel, is heart.py; how a thread is stopped, running.py.
 
-    Takes the place of Dramatiq's TimeLimit and ShutdownNotifications, which throw their exceptions at any bytecode, also into a connection pool.
+    Takes the place of Dramatiq's TimeLimit and ShutdownNotifications, which throw their exceptions at any bytecode, also into a
+    connection pool.
     """
-
-    actor_options = {"time_limit", "notify_shutdown"}
 
     def __init__(self, *, default_limit: float = 600.0) -> None:
         self.default_limit = default_limit
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"time_limit", "notify_shutdown"}
 
     def before_process_message(self, broker: JobsBroker, message: RunningJob) -> None:
         limit = message.options.get("time_limit")
@@ -70,10 +73,12 @@ class Stopping(Middleware):  # type: ignore[misc]
         message.deadline = time.monotonic() + (self.default_limit if limit is None else limit / 1000)
 
 
-class Retries(DramatiqRetries):  # type: ignore[misc]
+class Retries(DramatiqRetries):
     """Dramatiq's Retries with our defaults; knows that a stopped job did not fail, and that GiveUp is final."""
 
-    def after_process_message(self, broker: JobsBroker, message: RunningJob, *, result: Any = None, exception: BaseException | None = None) -> None:
+    def after_process_message(
+        self, broker: JobsBroker, message: RunningJob, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
         if exception is None:
             return
         if isinstance(exception, JobStopped):
@@ -89,18 +94,20 @@ class Retries(DramatiqRetries):  # type: ignore[misc]
         super().after_process_message(broker, message, result=result, exception=exception)
 
 
-class DeadLetters(Middleware):  # type: ignore[misc]
+class DeadLetters(Middleware):
     """Tells apart what failed (FAILED: it may be tried again) and what can't be run at all (DEAD)."""
 
-    def after_process_message(self, broker: JobsBroker, message: RunningJob, *, result: Any = None, exception: BaseException | None = None) -> None:
+    def after_process_message(
+        self, broker: JobsBroker, message: RunningJob, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
         message.dead = isinstance(exception, CannotRun)
 
 
 def stack(settings: Settings) -> list[Middleware]:
     """The middleware, first to last. `before_…` hooks run in this order, `after_…` hooks in the opposite one.
 
-    Priority is first, so that a message has its number before anything else looks at it. Retries is after Callbacks and Pipelines, so that its
-    `after_…` comes before theirs and they see whether the attempt failed for good. DeadLetters is last: it decides first.
+    Priority is first, so that a message has its number before anything else looks at it. Retries is after Callbacks and Pipelines, so
+    that its `after_…` comes before theirs and they see whether the attempt failed for good. DeadLetters is last: it decides first.
     """
     return [
         Priority(),

@@ -1,6 +1,7 @@
 """This process as a worker: its row in `workers`, what it has claimed, what it runs, and how it leaves.
 
-It needs few connections, whatever the number of queues and threads: one for claims, one for outcomes and reports, one for the heart, one for the chores.
+It needs few connections, whatever the number of queues and threads: one for claims, one for outcomes and reports, one for the heart, one
+for the chores.
 """
 
 from __future__ import annotations
@@ -41,17 +42,19 @@ class Presence:
         self.threads = threads
         self.work = WorkQueue(threads)
         self.running: set[RunningJob] = set()
+        self.held: dict[str, RunningJob] = {}
+        """Every job this process has claimed and not yet settled, by its id."""
         self.must_end = threading.Event()
         """Set when a job could not be stopped: the process has to end, and be replaced."""
         self.lost_outcomes = 0
         self._database = db.Database(broker.database.url, size=3, wait=30, name="jobsys worker")
-        self.settlements = Settlements(self._database, lost=self._outcome_was_lost)
+        self.settlements = Settlements(self._database, written=self._outcome_was_written, lost=self._outcome_was_lost)
         self.claims = Claims(
             self._database,
             self.work,
             worker=lambda: self.id,
             types=lambda: list(broker.actors),
-            make=lambda row: broker.make_running(row, self.id),
+            make=self._hold,
             backlog=lambda: len(self.settlements),
             poll_interval=settings.poll_interval,
         )
@@ -89,6 +92,15 @@ class Presence:
         for job in list(self.running):
             job.stop("lost")
         self.claims.forget()
+
+    def give_back_unheld(self) -> None:
+        """Give back what the database says this worker has, and it doesn't know of: the answer to a claim was lost on the way."""
+        stray = self._database.run("unheld", worker=self.id, held=list(self.held))
+        stray = [(id, claim) for id, claim in stray if id not in self.held]
+        if stray:
+            log.warning("giving back jobs whose claim was not answered", jobs=len(stray))
+            ids, claims = zip(*stray, strict=True)
+            self._database.run("release", id=list(ids), claim=list(claims))
 
     def begin(self, job: RunningJob) -> None:
         """A thread starts on a job. If it was lost while it waited in memory, it is stopped before it starts."""
@@ -129,7 +141,9 @@ class Presence:
 
     def write_off(self, job: RunningJob, exception: BaseException) -> None:
         """A job ignores every request to stop: decide for it as if it had raised, and have the process replaced."""
-        log.error("job can't be stopped, its process will be replaced", job_id=job.message_id, type=job.actor_name, reason=job.job.stop_reason)
+        log.error(
+            "job can't be stopped, its process will be replaced", job_id=job.message_id, type=job.actor_name, reason=job.job.stop_reason
+        )
         job.stuff_exception(exception)
         self.broker.emit_after("process_message", job, exception=exception)
         consumer = self.broker.consume(job.queue_name)
@@ -182,7 +196,17 @@ class Presence:
         except ConnectionError as error:
             log.warning("a job could not be given back; others will rescue it", job_id=job.message_id, error=str(error))
 
+    def _hold(self, row: db.Row) -> RunningJob:
+        job = self.broker.make_running(row, self.id)
+        self.held[job.message_id] = job
+        return job
+
+    def _outcome_was_written(self, job: RunningJob) -> None:
+        if self.held.get(job.message_id) is job:
+            del self.held[job.message_id]
+
     def _outcome_was_lost(self, job: RunningJob) -> None:
+        self._outcome_was_written(job)
         self.lost_outcomes += 1
         log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
 
@@ -190,7 +214,14 @@ class Presence:
 def _log_failure(outcome: Outcome) -> None:
     job, values = outcome.job, outcome.parameters
     then = f"retry in {values['delay']:.1f} s" if outcome.statement == "retry" else values["status"]
-    log.warning("attempt failed", job_id=job.message_id, type=job.actor_name, attempt=job.attempt, error=f"{values['type']}: {values['message']}", then=then)
+    log.warning(
+        "attempt failed",
+        job_id=job.message_id,
+        type=job.actor_name,
+        attempt=job.attempt,
+        error=f"{values['type']}: {values['message']}",
+        then=then,
+    )
 
 
 def _report(lines: list[Any], latest: list[Any]) -> dict[str, list[Any]]:

@@ -25,7 +25,7 @@ _throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 
 
-class RunningJob(MessageProxy):  # type: ignore[misc]
+class RunningJob(MessageProxy):
     """One attempt at one job. Ordered as the queue is: priority, then due time, then arrival."""
 
     def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None) -> None:

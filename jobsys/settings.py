@@ -73,9 +73,13 @@ class Settings(BaseSettings):
 
     admin_user: str | None = Field(None, description="User name for `/admin/*` (HTTP Basic).")
     admin_pass: str | None = Field(None, repr=False, description="Password for `/admin/*`.")
-    admin_password: str | None = Field(None, repr=False, description="Synonym of ADMIN_PASS; the user is then `admin` unless ADMIN_USER is set.")
+    admin_password: str | None = Field(
+        None, repr=False, description="Synonym of ADMIN_PASS; the user is then `admin` unless ADMIN_USER is set."
+    )
     allow_insecure: bool = Field(False, description="`1` permits listening beyond loopback without credentials.")
-    jwt_secret: str | None = Field(None, repr=False, description="Reserved for bearer tokens; when set, the API refuses to start until they exist.")
+    jwt_secret: str | None = Field(
+        None, repr=False, description="Reserved for bearer tokens; when set, the API refuses to start until they exist."
+    )
 
     web_processes: Count = Field(2, description="Web server processes.")
     web_threads: Count = Field(8, description="Threads in each of them.")

@@ -1,7 +1,7 @@
 """Writing how attempts ended: in groups, fenced, and never lost while the process lives.
 
-The thread that ends a job hands the outcome over. If nobody is writing it writes at once, and goes on until nothing is left; whatever the others
-finish meanwhile goes into its next group. So a job that is alone is written at once, and a crowd shares commits.
+The thread that ends a job hands the outcome over. If nobody is writing it writes at once, and goes on until nothing is left; whatever
+the others finish meanwhile goes into its next group. So a job that is alone is written at once, and a crowd shares commits.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
 class Settlements:
     """The outcomes of one process on their way into the database."""
 
-    def __init__(self, database: db.Database, *, lost: Callable[[RunningJob], None]) -> None:
+    def __init__(self, database: db.Database, *, written: Callable[[RunningJob], None], lost: Callable[[RunningJob], None]) -> None:
         self._database = database
+        self._written = written
         self._lost = lost
         self._waiting: deque[Outcome] = deque()
         self._lock = threading.Lock()
@@ -127,7 +128,9 @@ class Settlements:
             if followups:
                 insert(connection, followups)
         for outcome in group:
-            if outcome.job.message_id not in written:
+            if outcome.job.message_id in written:
+                self._written(outcome.job)
+            else:
                 self._lost(outcome.job)
 
     def _write_as_failure(self, outcome: Outcome, error: psycopg2.Error) -> None:
@@ -144,7 +147,8 @@ class Settlements:
 
 
 def plain_text(text: str, limit: int = 20_000) -> str:
-    """`text` as PostgreSQL can store it: NUL and lone surrogates become U+FFFD, and what is beyond `limit` characters is cut out of the middle."""
+    """`text` as PostgreSQL can store it: NUL and lone surrogates become U+FFFD, and what is beyond `limit` characters is cut out of the
+    middle."""
     if len(text) > limit:
         text = f"{text[: limit // 2]}\n… {len(text) - limit} characters left out …\n{text[-limit // 2 :]}"
     return text.replace("\x00", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")

@@ -84,16 +84,21 @@ class Page:
 
 @dataclass(frozen=True)
 class Failure:
-    """One failed attempt. `duration` is in seconds; failures alike in kind and place share a fingerprint."""
+    """One failed attempt. Failures alike in kind and place share a fingerprint."""
 
     attempt: int
+    started_at: datetime
     at: datetime
     worker: str
     type: str
     message: str
     traceback: str
-    duration: float
     fingerprint: str
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the attempt's start to its failure."""
+        return (self.at - self.started_at).total_seconds()
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ class JobSystem:
 
     def __init__(self, settings: Settings | None = None, *, pool_size: int = 8) -> None:
         self.settings = settings or Settings()
-        self.database = db.Database(db.url_of(self.settings), size=pool_size, statement_timeout=5.0)
+        self.database = db.Database(db.url_of(self.settings), size=pool_size, wait=2.0, patience=4.0)
         self.broker = JobsBroker(self.database, settings=self.settings)
         if dramatiq.broker.global_broker is None:
             # So that plain `@dramatiq.actor` in JOB_MODULES lands here and not on a RabbitMQ that Dramatiq would look for.
@@ -171,9 +176,9 @@ class JobSystem:
     ) -> JobRecord:
         """Submit one job; committed when this returns.
 
-        `delay` is in seconds, `run_at` an aware datetime (one of the two, or neither for now). With `connection`, a psycopg2 connection of yours, the
-        job is part of your transaction: it exists and runs if and when you commit. The same idempotency key again answers the first job, with
-        `replayed` true. Raises InvalidSubmission, which names each wrong field.
+        `delay` is in seconds, `run_at` an aware datetime (one of the two, or neither for now). With `connection`, a psycopg2 connection
+        of yours, the job is part of your transaction: it exists and runs if and when you commit. The same idempotency key again answers
+        the first job, with `replayed` true. Raises InvalidSubmission, which names each wrong field.
         """
         submission = Submission(type, payload, priority, delay, run_at, max_retries, group_id, idempotency_key)
         submitted = self._described(submission, ())
@@ -279,7 +284,7 @@ class JobSystem:
 
     def failures(self, job_id: str) -> list[Failure]:
         """The failed attempts of a job, oldest first."""
-        return [Failure(row[0], _utc(row[1]), *row[2:]) for row in self.database.run("failures", id=_known_id(job_id))]
+        return [Failure(row[0], _utc(row[1]), _utc(row[2]), *row[3:]) for row in self.database.run("failures", id=_known_id(job_id))]
 
     def events(self, job_id: str) -> list[Event]:
         """The timeline of a job, oldest first. Raises JobNotFound."""
@@ -289,13 +294,15 @@ class JobSystem:
         if record.status == "SCHEDULED":
             events.append(Event(record.run_at, "due"))
         for failure in self.failures(job_id):
+            events.append(Event(failure.started_at, "started", failure.attempt, None, None, {"worker": failure.worker}))
             detail = {"type": failure.type, "traceback": failure.traceback, "worker": failure.worker, "duration": failure.duration}
             events.append(Event(failure.at, "failed", failure.attempt, None, failure.message, detail))
-        if record.started_at is not None:
+        if record.started_at is not None and record.started_at not in {event.at for event in events if event.kind == "started"}:
             events.append(Event(record.started_at, "started", record.attempt, None, None, {"worker": record.worker}))
         if record.finished_at is not None:
             events.append(Event(record.finished_at, "finished", record.attempt, None, record.status))
-        return sorted(events, key=lambda event: event.at)
+        # What ended an attempt, and the job with it, was written in one moment: the job's end comes last.
+        return sorted(events, key=lambda event: (event.at, event.kind == "finished"))
 
     # The operator's verbs
 
@@ -367,7 +374,8 @@ class JobSystem:
 
     def workers(self) -> list[WorkerState]:
         """Every worker process that has not left, oldest first."""
-        return [WorkerState(*row[:7], _utc(row[7]), _utc(row[8]), *row[9:]) for row in self.database.run("workers")]
+        states = (WorkerState(*row) for row in self.database.run("workers"))
+        return [replace(state, started_at=_utc(state.started_at), heartbeat_at=_utc(state.heartbeat_at)) for state in states]
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are in each status. Exact, and never a look at the jobs themselves."""
@@ -397,7 +405,8 @@ class JobSystem:
         }
 
     def health(self) -> dict[str, Any]:
-        """`database`: it answers. `broker`: a live worker serves every queue that has due jobs. `workers`: how many live. Raises nothing."""
+        """`database`: it answers. `broker`: a live worker serves every queue that has due jobs. `workers`: how many live. Raises
+        nothing."""
         try:
             queues = self.queues()
             workers = sum(worker.alive for worker in self.workers())
@@ -430,7 +439,7 @@ class JobSystem:
                 max_attempts=retries + 1,
                 run_at=_checked_run_at(submission),
                 delay=_checked_delay(submission),
-                group_id=submission.group_id,
+                group_id=_checked_group(submission.group_id),
                 idempotency_key=_checked_key(submission.idempotency_key),
             )
         except InvalidSubmission as error:
@@ -465,7 +474,12 @@ class JobSystem:
                     continue
                 first, same = self._first_with_key(connection, job)
                 if not same:
-                    raise InvalidSubmission([{"loc": [number, *each["loc"]], "msg": each["msg"]} for each in IdempotencyConflict(str(job.idempotency_key)).errors])
+                    raise InvalidSubmission(
+                        [
+                            {"loc": [number, *each["loc"]], "msg": each["msg"]}
+                            for each in IdempotencyConflict(str(job.idempotency_key)).errors
+                        ]
+                    )
                 ids.append(first)
         return ids
 
@@ -560,6 +574,12 @@ def _checked_run_at(submission: Submission) -> datetime | None:
     if not 1970 <= run_at.year <= 9998:
         raise InvalidSubmission.of(["runAt"], "must lie between the years 1970 and 9998")
     return run_at
+
+
+def _checked_group(group_id: str | None) -> str | None:
+    if group_id is not None and not is_job_id(group_id):
+        raise InvalidSubmission.of(["groupId"], "must be a UUID")
+    return group_id
 
 
 def _checked_key(key: str | None) -> str | None:

@@ -1,7 +1,7 @@
 """The worker process put together, and the supervisor above it.
 
-`jobsys worker` keeps WORKER_PROCESSES processes running. It does so itself because Dramatiq's launcher ends every sibling when one dies, and
-so one poisonous job could stop the service. `dramatiq jobsys.worker:broker` works too, for whoever prefers it.
+`jobsys worker` keeps WORKER_PROCESSES processes running. It does so itself because Dramatiq's launcher ends every sibling when one dies,
+and so one poisonous job could stop the service. `dramatiq jobsys.worker:broker` works too, for whoever prefers it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REPLACED = 75
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 30.0
 """Seconds a process must have lived for its end not to make the pause before its successor longer."""
-log = logs.get(__name__)
+log = logs.get("jobsys.worker")
 
 
 def main(settings: Settings) -> int:
@@ -81,7 +81,9 @@ class Supervisor:
         self._wakeup.set()
 
     def _mourn(self, child: Child) -> None:
-        log.warning("a worker process ended and will be replaced", pid=child.pid, status=_reading(child.status), pause=round(child.pause, 1))
+        log.warning(
+            "a worker process ended and will be replaced", pid=child.pid, status=_reading(child.status), pause=round(child.pause, 1)
+        )
         if child.status not in (0, REPLACED):
             with contextlib.suppress(JobsysError):
                 database = db.Database(db.url_of(self._settings), wait=2, name="jobsys supervisor")
@@ -144,8 +146,8 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     if lifeline is not None:
         threading.Thread(target=_watch, args=(lifeline, end), daemon=True).start()
     system = JobSystem(settings, pool_size=settings.worker_threads + 2)
-    with contextlib.suppress(DatabaseUnavailable):
-        limit_ingestion(system)
+    while not ends and not _prepared(system):
+        wakeup.wait(1)
     worker = dramatiq.Worker(system.broker, worker_threads=settings.worker_threads, worker_timeout=int(settings.poll_interval * 1000))
     system.broker.emit_after("process_boot")
     worker.start()
@@ -159,10 +161,20 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     # A second signal hurries; a job that can't be stopped is written off already and is not waited for.
     while any(job.outcome is None for job in list(presence.running)) and time.monotonic() < deadline and len(ends) <= max(1, reasons):
         time.sleep(0.02)
-    worker.stop(timeout=int(0 if presence.running else 2000))
+    worker.stop(timeout=0 if presence.running else 2000)
     system.close()
     log.info("worker has ended", reason=ends[0] if ends else "a job that could not be stopped")
     return 0 if ends else REPLACED
+
+
+def _prepared(system: JobSystem) -> bool:
+    """Whether the database is there, with its tables; if so the ingestion queue has its pace."""
+    try:
+        limit_ingestion(system)
+    except DatabaseUnavailable as error:
+        log.warning("waiting for the database", error=str(error))
+        return False
+    return True
 
 
 def limit_ingestion(system: JobSystem) -> None:

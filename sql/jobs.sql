@@ -34,7 +34,7 @@ from jobs
 where idempotency_key = %(idempotency_key)s;
 
 -- name: failures
-select attempt, at, worker::text, type, message, traceback, extract(epoch from at - started_at)::float8, fingerprint
+select attempt, started_at, at, worker::text, type, message, traceback, fingerprint
 from failures
 where job_id = %(id)s
 order by claim;

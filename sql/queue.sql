@@ -217,6 +217,14 @@ from unnest(%(job_id)s::uuid[], %(at)s::float8[], %(kind)s::text[], %(attempt)s:
     as line(job_id, at, kind, attempt, message)
 where exists (select from jobs where jobs.id = line.job_id);
 
+-- name: unheld
+-- Jobs that name this worker, which does not know of them: the claim was committed, and its answer lost on the way. `held` is what the worker has;
+-- a claim younger than ten seconds may be on its way still.
+select id::text, claim
+from jobs
+where status = 'PROCESSING' and worker = %(worker)s::uuid and started_at < clock_timestamp() - interval '10 seconds'
+    and not id = any(%(held)s::uuid[]);
+
 -- name: stop_requests
 -- Which of this worker's jobs were asked to stop?
 select id::text, claim from jobs where status = 'PROCESSING' and worker = %(worker)s::uuid and stop_requested is not null;

@@ -287,7 +287,7 @@ def test_an_idempotency_key_makes_one_job_and_refuses_another(system: JobSystem)
 
 
 def test_submit_many_is_all_or_none_and_names_the_item(system: JobSystem) -> None:
-    with pytest.raises(Exception, match="1.payload.sleepMs") as caught:
+    with pytest.raises(Exception, match=r"1\.payload\.sleepMs") as caught:
         system.submit_many([Submission("TEST_JOB"), Submission("TEST_JOB", {"sleepMs": "no"})])
     assert caught.value.errors[0]["loc"][:3] == [1, "payload", "sleepMs"]  # type: ignore[attr-defined]
     assert system.jobs().jobs == []
@@ -330,7 +330,8 @@ def test_the_claim_walks_the_ready_index_and_never_the_table(system: JobSystem, 
     execute(
         database_url,
         """insert into jobs (type, queue, status, run_at, finished_at, attempt)
-           select 'TEST_JOB', 'default', case when n % 10 = 0 then 'PENDING' else 'COMPLETED' end, now(), case when n % 10 = 0 then null else now() end, 1
+           select 'TEST_JOB', 'default', case when n % 10 = 0 then 'PENDING' else 'COMPLETED' end, now(),
+               case when n % 10 = 0 then null else now() end, 1
            from generate_series(1, 50000) n""",
     )
     execute(database_url, "analyze jobs")

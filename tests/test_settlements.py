@@ -28,7 +28,7 @@ def lost() -> list[RunningJob]:
 
 @pytest.fixture
 def settlements(system: JobSystem, lost: list[RunningJob]) -> Settlements:
-    return Settlements(system.database, lost=lost.append)
+    return Settlements(system.database, written=lambda job: None, lost=lost.append)
 
 
 @pytest.fixture
@@ -52,7 +52,9 @@ def finish(job: RunningJob) -> Outcome:
     return Outcome("finish", job, {"result": '{"ok": true}'})
 
 
-def test_what_follows_a_job_is_inserted_with_its_end(system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob]) -> None:
+def test_what_follows_a_job_is_inserted_with_its_end(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob]
+) -> None:
     job = running()
     job.followups = [next_job()]
     settlements.add(finish(job))
@@ -76,7 +78,7 @@ def test_outcomes_wait_while_the_database_is_away_and_are_written_once(
 ) -> None:
     jobs = [running() for _ in range(3)]
     away = db.Database("postgresql://postgres@127.0.0.1:1/none", wait=1)
-    settlements = Settlements(away, lost=lost.append)
+    settlements = Settlements(away, written=lambda job: None, lost=lost.append)
     for job in jobs:
         with pytest.raises(ConnectionError):
             settlements.add(finish(job))

@@ -52,7 +52,12 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-MODULES = sorted(path for folder in ("jobsys", "admin_ui") for path in (CHECKOUT / folder).rglob("*.py") if path.name != "__init__.py" or folder == "admin_ui")
+MODULES = sorted(
+    path
+    for folder in ("jobsys", "admin_ui")
+    for path in (CHECKOUT / folder).rglob("*.py")
+    if path.name != "__init__.py" or folder == "admin_ui"
+)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(CHECKOUT)))

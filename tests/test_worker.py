@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 import pytest
-from conftest import Running, eventually, execute
+from conftest import Launcher, Running, environment, eventually, execute
 
+from jobsys import db
 from jobsys.ids import new_job_id
 from jobsys.settings import Settings
 from jobsys.system import JobRecord, JobSystem, Submission
@@ -242,6 +246,42 @@ def test_losing_every_database_connection_loses_and_doubles_nothing(
     assert {system.job(id).attempt for id in ids} == {1}
 
 
+def test_a_claim_whose_answer_was_lost_is_given_back(system: JobSystem, worker: Running, database_url: str) -> None:
+    job = system.submit("TEST_JOB", delay=3600)
+    [state] = eventually(system.workers)
+    execute(
+        database_url,
+        """update jobs set status = 'PROCESSING', attempt = 1, claim = 1, worker = %s, started_at = clock_timestamp() - interval '11
+        seconds'""",
+        state.id,
+    )
+    done = until(system, job, "COMPLETED")
+    assert done.attempt == 1 and "not answered" in worker.output
+
+
+def test_a_worker_started_before_the_migration_says_so_and_waits(server: str, start_worker: StartWorker, settings: Settings) -> None:
+    execute(server, "create database unmigrated")
+    try:
+        url = urlunsplit(urlsplit(server)._replace(path="/unmigrated"))
+        worker = start_worker(DATABASE_URL=url)
+        eventually(lambda: "jobsys migrate" in worker.output)
+        db.migrate(url)
+        late = JobSystem(settings.model_copy(update={"database_url": url}))
+        assert late.wait(late.submit("TEST_JOB").id, 20).status == "COMPLETED"
+        late.close()
+        assert worker.stop() == 0
+    finally:
+        execute(server, "drop database unmigrated with (force)")
+
+
+def test_dramatiqs_own_launcher_works_too(system: JobSystem, launcher: Launcher, settings: Settings) -> None:
+    command = [sys.executable, "-m", "dramatiq", "jobsys.worker:broker", "--processes", "1", "--threads", "2"]
+    dramatiq = launcher.start("dramatiq", command, environment(settings))
+    assert system.wait(system.submit("TEST_JOB").id, 20).status == "COMPLETED"
+    assert dramatiq.stop() == 0
+    assert system.workers() == []
+
+
 def test_a_type_this_worker_does_not_know_waits_for_one_that_does(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
     job = system.submit("LEDGER", {"ledger": str(ledger)})
     start_worker(JOB_MODULES="")
@@ -276,7 +316,7 @@ def test_a_paced_queue_keeps_its_pace_over_all_processes_most_urgent_first(syste
     order = sorted(system.group(group), key=lambda job: job.started_at or job.created_at)
     assert [job.priority for job in order] == [-10, -10, 0, 0, 10, 10]
     starts = [job.started_at for job in order if job.started_at]
-    gaps = [(later - earlier).total_seconds() for earlier, later in zip(starts, starts[1:], strict=False)]
+    gaps = [(later - earlier).total_seconds() for earlier, later in itertools.pairwise(starts)]
     assert min(gaps) >= 0.7
 
 
@@ -338,5 +378,7 @@ def test_nothing_is_left_in_memory_or_in_the_database_when_a_worker_has_left(
     assert worker.stop() == 0
     assert execute(database_url, "select count(*) from workers") == [(0,)]
     assert execute(database_url, "select count(*) from pg_locks where locktype = 'advisory'") == [(0,)]
-    names = "select count(*) from pg_stat_activity where datname = current_database() and application_name in ('jobsys worker', 'jobsys heart', 'jobsys chores')"
-    eventually(lambda: execute(database_url, names) == [(0,)])
+    sessions = (
+        "select count(*) from pg_stat_activity where datname = current_database() and application_name ~ '^jobsys (worker|heart|chores)'"
+    )
+    eventually(lambda: execute(database_url, sessions) == [(0,)])

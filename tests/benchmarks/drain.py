@@ -28,7 +28,7 @@ def measure(bench: Bench) -> list[tuple[str, float, str]]:
         ("floor: one bare psycopg2 loop, the same claims and completions", median(one), "jobs/s"),
         (f"floor: {PROCESSES} such loops", median(two), "jobs/s"),
     ]
-    return [*rows, ("jobsys / one loop", median(a / b for a, b in zip(ours, one, strict=True)), "×")]
+    return [*rows, ("jobsys / one loop", median(a / b for a, b in zip(ours, one, strict=True)), "times")]
 
 
 def _drain_with_workers(bench: Bench) -> float:

@@ -86,4 +86,5 @@ def machine(server: str) -> str:
     with contextlib.closing(db.Database(server).connect()) as connection, connection.cursor() as cursor:
         cursor.execute("select current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit')")
         version, fsync, commit = cursor.fetchone()
-    return f"{os.cpu_count()} cores, Python {platform.python_version()}, PostgreSQL {version.split()[0]} (fsync {fsync}, synchronous_commit {commit})"
+    software = f"Python {platform.python_version()}, PostgreSQL {version.split()[0]}"
+    return f"{os.cpu_count()} cores, {software} (fsync {fsync}, synchronous_commit {commit})"
