@@ -1,0 +1,322 @@
+"""The command line: every command a few lines over JobSystem. How things look on a terminal and in a pipe is in terminal.py.
+
+Answers go to standard output, everything else to standard error. Exit status: 0 fine, 1 it could not be done (one sentence says
+why), 2 the command was wrong, 130 interrupted. What a command needs is imported inside it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import click
+
+from jobsys import __version__, arguments
+from jobsys.errors import JobsysError
+
+if TYPE_CHECKING:
+    from jobsys.settings import Settings
+    from jobsys.system import JobRecord, JobSystem
+
+PRIORITY = click.Choice(["high", "default", "medium", "low"], case_sensitive=False)
+NO_COLOUR = False if os.environ.get("NO_COLOR") else None  # None: click decides by whether there is a terminal
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def main() -> None:
+    """Run the command line and exit. Errors a person can do something about end in one sentence, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
+    sys.path.insert(0, "")  # as `python -m jobsys` does: the modules of JOB_MODULES may be in the current directory
+    try:
+        code = commands.main(prog_name="jobsys", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `head` does. Nothing may be flushed there at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except JobsysError as error:
+        code = complain(error)
+    except Exception as error:
+        psycopg2 = sys.modules.get("psycopg2")
+        if psycopg2 is None or not isinstance(error, psycopg2.Error):
+            raise
+        code = complain(error)
+    sys.exit(code)
+
+
+def complain(error: Exception) -> int:
+    """Print one sentence on standard error; the exit status."""
+    from jobsys.logs import printable
+
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    hint = "; run: jobsys migrate" if type(error).__name__ in ("UndefinedTable", "UndefinedColumn", "UndefinedFunction") else ""
+    click.echo(f"jobsys: {printable(lines[0])}{hint}", err=True)
+    return 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "color": NO_COLOUR})
+@click.version_option(__version__, prog_name="jobsys")
+def commands() -> None:
+    """A job server on one PostgreSQL. Settings come from the environment and from .env."""
+
+
+@commands.command()
+def dev() -> int:
+    """Start everything on this machine, with its logs here.
+
+    A PostgreSQL under DATA_DIR unless DATABASE_URL is set, a mail catcher unless SMTP_HOST is, web server and workers. Ctrl-C ends it all.
+    """
+    from jobsys.dev import dev
+
+    return dev(_settings())
+
+
+@commands.command()
+def migrate() -> int:
+    """Bring the database's schema up to date."""
+    from jobsys import db
+
+    applied = db.migrate(db.url_of(_settings()))
+    click.echo(f"applied {', '.join(applied)}" if applied else "the schema is up to date")
+    return 0
+
+
+@commands.command()
+def worker() -> int:
+    """Run the worker processes until SIGTERM."""
+    from jobsys import worker
+
+    return worker.main(_settings())
+
+
+@commands.command()
+@click.argument("type", metavar="TYPE")
+@click.argument("fields", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--payload", metavar="JSON", help="The whole payload; - reads it from standard input.")
+@click.option("--priority", type=PRIORITY, help="Instead of the job type's own.")
+@click.option("--delay", metavar="DURATION", callback=arguments.duration, help="Run it only after 30s, 5m, 2h, …")
+@click.option(
+    "--run-at",
+    metavar="TIME",
+    callback=arguments.moment,
+    help="Run it only then: 2030-01-31T08:00 (local time), or with an offset or Z.",
+)
+@click.option("--max-retries", type=click.IntRange(min=0), help="Attempts after the first.")
+@click.option("--group", type=click.UUID, metavar="UUID", help="The group it belongs to.")
+@click.option("--idempotency-key", metavar="KEY", help="Submitting the same again with the same key gives the first job.")
+@click.option("--wait", is_flag=True, help="Stay until it is finished; exit status 1 unless it is COMPLETED.")
+@json_option
+def submit(
+    type: str,
+    fields: tuple[str, ...],
+    payload: str | None,
+    priority: str | None,
+    delay: float | None,
+    run_at: datetime | None,
+    max_retries: int | None,
+    group: UUID | None,
+    idempotency_key: str | None,
+    wait: bool,
+    as_json: bool,
+) -> int:
+    """Submit a job of TYPE.
+
+    A VALUE that is a JSON number, true, false, null, list or object is taken as such, unless the job type wants text there; anything
+    else is text. KEY:=VALUE must be JSON. Prints the job's id, or with --wait its result.
+
+    \b
+    jobsys submit EMAIL_SEND to=ann@example.org subject=Hello body="How are you?"
+    jobsys submit TEST_JOB sleepMs=5000 progressSteps=10 --wait
+    jobsys submit CSV_EXPORT 'data:=[{"a": 1}, {"a": 2}]' --delay 5m
+    """
+    from jobsys import terminal
+
+    if payload is not None and fields:
+        raise click.UsageError("give the payload either as KEY=VALUE or with --payload, not both")
+    system = _system()
+    job_type = system.types.find(type)
+    job = system.submit(
+        job_type.name,
+        arguments.payload_from_fields(job_type, fields) if payload is None else arguments.payload_from_json(payload),
+        priority=priority,
+        delay=delay,
+        run_at=run_at,
+        max_retries=max_retries,
+        group_id=str(group) if group else None,
+        idempotency_key=idempotency_key,
+    )
+    if not wait:
+        terminal.print_accepted(job, as_json=as_json)
+        return 0
+    job = terminal.follow(system, job)
+    terminal.print_outcome(job, as_json=as_json)
+    return 0 if job.status == "COMPLETED" else 1
+
+
+@commands.command()
+@click.option("--status", multiple=True, callback=arguments.statuses, help="Only jobs of this status; can be given more than once.")
+@click.option("--type", metavar="TYPE", help="Only jobs of this type.")
+@click.option("--queue", help="Only jobs of this queue.")
+@click.option("--priority", type=PRIORITY, help="Only jobs of this priority.")
+@click.option("--group", type=click.UUID, metavar="UUID", help="Only jobs of this group.")
+@click.option("--search", metavar="TEXT", help="Only jobs with this in their type, payload, error or id.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many, newest first.")
+@json_option
+def jobs(
+    status: list[str],
+    type: str | None,
+    queue: str | None,
+    priority: str | None,
+    group: UUID | None,
+    search: str | None,
+    limit: int,
+    as_json: bool,
+) -> int:
+    """List jobs, newest first. In a pipe: id, type, status, priority, queue, attempts, created, error, with tabs between."""
+    from jobsys import terminal
+
+    found, more = _take(
+        _system(),
+        limit,
+        status=status or None,
+        type=type,
+        queue=queue,
+        priority=priority,
+        group_id=str(group) if group else None,
+        q=search,
+    )
+    terminal.print_jobs(found, more=more, as_json=as_json)
+    return 0
+
+
+@commands.command()
+@click.argument("id")
+@json_option
+def job(id: str, as_json: bool) -> int:
+    """Print everything about one job.
+
+    Its payload, result, timeline, and the traceback of the last failure.
+    """
+    from jobsys import terminal
+
+    system = _system()
+    terminal.print_job(system.job(id), system.events(id), system.failures(id), as_json=as_json)
+    return 0
+
+
+@commands.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+def retry(ids: tuple[str, ...]) -> int:
+    """Run FAILED, DEAD or CANCELLED jobs again."""
+    return _each(ids, lambda system, id: f"{id} is {system.retry(id, by='cli').status} again")
+
+
+@commands.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+def cancel(ids: tuple[str, ...]) -> int:
+    """Cancel jobs; a running one is asked to stop."""
+
+    def cancel_one(system: JobSystem, id: str) -> str:
+        job = system.cancel(id, by="cli")
+        return f"{id} is {job.status}" if job.finished else f"{id} is {job.status} and was asked to stop"
+
+    return _each(ids, cancel_one)
+
+
+@commands.command()
+@click.argument("name", required=False)
+@json_option
+def types(name: str | None, as_json: bool) -> int:
+    """List the job types, what each needs, and an example."""
+    from jobsys import job_types, terminal
+
+    settings = _settings()
+    registry = job_types.registry.load(settings.job_modules)
+    shown = [registry.find(name)] if name else list(registry.types.values())
+    terminal.print_types(shown, max_retries=settings.max_retries, as_json=as_json)
+    return 0
+
+
+@commands.command()
+@json_option
+def queues(as_json: bool) -> int:
+    """List the queues with their jobs, limits and workers."""
+    from jobsys import terminal
+
+    terminal.print_queues(_system().queues(), as_json=as_json)
+    return 0
+
+
+@commands.command()
+@json_option
+def workers(as_json: bool) -> int:
+    """List the worker processes."""
+    from jobsys import terminal
+
+    terminal.print_workers(_system().workers(), as_json=as_json)
+    return 0
+
+
+@commands.command()
+@click.argument("url", required=False)
+@click.option("--mail-to", metavar="ADDRESS", default="smoke@example.org", show_default=True, help="Where the mail goes.")
+def smoke(url: str | None, mail_to: str) -> int:
+    """Send a job of each type and check what comes of it.
+
+    To the system at URL; without one, a system is started for it and stopped again. INGEST_RATE is the pace such a system gets.
+    """
+    from jobsys.smoke import smoke
+
+    return smoke(url, _settings(), mail_to=mail_to)
+
+
+def _settings() -> Settings:
+    from jobsys.settings import Settings
+
+    return Settings()
+
+
+def _system() -> JobSystem:
+    """The system, which logs only warnings: a command says itself what it did."""
+    from jobsys import logs
+    from jobsys.system import JobSystem
+
+    settings = _settings()
+    logs.configure(settings.model_copy(update={"log_level": "WARNING"}), process="cli")
+    system = JobSystem(settings)
+    click.get_current_context().call_on_close(system.close)
+    return system
+
+
+def _each(ids: Iterable[str], act: Callable[[JobSystem, str], str]) -> int:
+    system, code = _system(), 0
+    for id in ids:
+        try:
+            click.echo(act(system, id))
+        except JobsysError as error:
+            code = complain(error)
+    return code
+
+
+def _take(system: JobSystem, limit: int, **filters: Any) -> tuple[list[JobRecord], bool]:
+    """`limit` jobs over as many pages as it takes, and whether there are more."""
+    found: list[JobRecord] = []
+    cursor = None
+    while True:
+        page = system.jobs(**filters, limit=min(limit - len(found), 500), cursor=cursor)
+        found += page.jobs
+        cursor = page.next_cursor
+        if cursor is None or len(found) >= limit:
+            return found, cursor is not None
