@@ -36,6 +36,7 @@ class Chores(threading.Thread):
         self._chores: list[tuple[Callable[[], float | None], float]] = [
             (self.promote, min(0.2, poll)),
             (self.report, min(0.25, poll)),
+            (self.give_back_unstarted, min(0.5, poll)),
             (self.rescue, poll),
             (self.remove_stopped, poll),
             (self.sum_tallies, poll),
@@ -70,6 +71,10 @@ class Chores(threading.Thread):
     def report(self) -> None:
         """Write what running jobs logged."""
         self._presence.report(list(self._presence.running))
+
+    def give_back_unstarted(self) -> None:
+        """Give back what was claimed too early."""
+        self._presence.give_back_unstarted()
 
     def rescue(self) -> None:
         """Give the jobs of lost workers back to the queue."""

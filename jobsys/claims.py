@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from jobsys import db
@@ -21,6 +21,8 @@ from jobsys.running import RunningJob
 
 AHEAD = 0.1
 """Seconds of work a process holds in memory."""
+LATEST_START = 1.0
+"""Seconds after which a job that is still held in memory goes back to the queue: the pace was measured on jobs that were faster."""
 LARGEST_CLAIM = 500
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 NAPS = (0.01, 0.05)
@@ -66,6 +68,17 @@ class WorkQueue(queue.PriorityQueue):
     def idle_threads(self) -> int:
         """Threads with nothing to do and nothing waiting for them."""
         return self.threads - self.unfinished_tasks
+
+    def take_back(self, claimed_before: float) -> list[RunningJob]:
+        """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here."""
+        with self.mutex:
+            late = [job for job in self.queue if job.claimed_at < claimed_before]
+            if late:
+                self.queue = [job for job in self.queue if job.claimed_at >= claimed_before]
+                heapify(self.queue)
+                self.unfinished_tasks -= len(late)
+                self.started += len(late)
+        return late
 
     def close(self) -> list[RunningJob]:
         """Hand nothing out any more; the jobs that were not started."""

@@ -36,6 +36,11 @@ class Payload(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
+    def to_store(self, given: str) -> str:
+        """The JSON text that is kept of the payload: as it was given. A type for which something would be lost in PostgreSQL's jsonb, which
+        sorts keys, says it in a field of its own here."""
+        return given
+
 
 class Job:
     """What a job function sees of its own job.
@@ -99,11 +104,10 @@ class JobType:
         """The payload as JSON text, validated. Raises InvalidSubmission naming each wrong field below `loc`."""
         text = encode(payload, loc)
         try:
-            self.payload.model_validate_json(text)
+            return self.payload.model_validate_json(text).to_store(text)
         except pydantic.ValidationError as error:
             errors = error.errors()[:MAX_ERRORS]
             raise InvalidSubmission([{"loc": [*loc, *each["loc"]], "msg": _plain(each["msg"])} for each in errors]) from None
-        return text
 
     def run(self, payload: str | bytes, job: Job) -> Any:
         """Run the function on a payload given as JSON text. Raises pydantic.ValidationError before the function starts."""

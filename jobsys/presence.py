@@ -16,7 +16,7 @@ from dramatiq.errors import ConnectionError
 
 from jobsys import db, logs
 from jobsys.chores import Chores
-from jobsys.claims import Claims, WorkQueue
+from jobsys.claims import LATEST_START, Claims, WorkQueue
 from jobsys.errors import DatabaseUnavailable
 from jobsys.heart import Heart
 from jobsys.ids import new_job_id
@@ -101,6 +101,13 @@ class Presence:
             log.warning("giving back jobs whose claim was not answered", jobs=len(stray))
             ids, claims = zip(*stray, strict=True)
             self._database.run("release", id=list(ids), claim=list(claims))
+
+    def give_back_unstarted(self) -> None:
+        """Give back what was claimed and then found no free thread: another process may have one, and more urgent jobs may have come."""
+        from jobsys.broker import release
+
+        for job in self.work.take_back(time.monotonic() - LATEST_START):
+            self._settle_if_possible(job, release(job))
 
     def begin(self, job: RunningJob) -> None:
         """A thread starts on a job. If it was lost while it waited in memory, it is stopped before it starts."""

@@ -43,6 +43,7 @@ class RunningJob(MessageProxy):
             self.message_timestamp,
         ) = row
         self.worker = worker
+        self.claimed_at = time.monotonic()
         self.job_type = job_type
         self.options: dict[str, Any] = {} if options == "{}" else json.loads(options)
         self.options["max_retries"] = None if self.max_attempts is None else self.max_attempts - 1

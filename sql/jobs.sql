@@ -109,7 +109,20 @@ select wake_workers(array[%(queue)s]);
 select name, paused, rate_count, extract(epoch from rate_period)::float8, max_running from queues;
 
 -- name: oldest_due
-select run_at from jobs where status = 'PENDING' and queue = %(queue)s order by run_at limit 1;
+-- The first of each priority is one probe of the ready index; the oldest of those is the oldest of all.
+with recursive first as (
+    (select priority, run_at from jobs where status = 'PENDING' and queue = %(queue)s order by priority, run_at limit 1)
+    union all
+    (
+        select next.priority, next.run_at
+        from first cross join lateral (
+            select priority, run_at from jobs
+            where status = 'PENDING' and queue = %(queue)s and jobs.priority > first.priority
+            order by priority, run_at limit 1
+        ) as next
+    )
+)
+select min(run_at) from first having count(*) > 0;
 
 -- name: counts
 -- Live numbers by queue, type and status, from the sums and what the log still holds.

@@ -56,6 +56,23 @@ def files_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*") if path.is_file())
 
 
+def test_the_order_of_columns_survives_a_database_that_sorts_keys() -> None:
+    stored = json.loads(registry.load().types["CSV_EXPORT"].check({"data": [{"zeta": 1, "a": 2}, {"b": 3}]}))
+    sorted_by_the_database = {"data": [dict(sorted(row.items())) for row in stored["data"]], "columns": stored["columns"]}
+    assert export(**sorted_by_the_database)["rows"] == 2
+    assert (settings().output_dir / f"{JOB_ID}.csv").read_text().splitlines()[0] == "zeta,a,b"
+
+
+def test_columns_that_are_named_are_written_and_no_others() -> None:
+    export([{"a": 1, "b": 2, "c": 3}], columns=["c", "a"])
+    assert (settings().output_dir / f"{JOB_ID}.csv").read_text().splitlines() == ["c,a", "3,1"]
+
+
+def test_a_column_named_twice_is_refused() -> None:
+    with pytest.raises(InvalidSubmission, match="twice"):
+        registry.load().types["CSV_EXPORT"].check({"data": [], "columns": ["a", "a"]})
+
+
 def test_the_header_is_the_union_of_the_keys_in_order_of_first_appearance() -> None:
     assert written([{"b": 1, "a": 2}, {"c": 3, "a": 4}, {}]) == "b,a,c\r\n1,2,\r\n,4,3\r\n,,\r\n"
 

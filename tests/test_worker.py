@@ -307,6 +307,15 @@ def test_an_urgent_job_starts_before_the_backlog(system: JobSystem, start_worker
     assert position <= before + 4, "behind what was running or started meanwhile, and not behind the backlog"
 
 
+def test_a_claim_made_at_the_pace_of_fast_jobs_does_not_hoard_slow_ones(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(2000))
+    slow = system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 4}) for _ in range(60))
+    start_worker(WORKER_THREADS=2)
+    started(ledger, 2, timeout=30)
+    eventually(lambda: system.counts()["PROCESSING"] == 2, 3)
+    assert {system.job(id).attempt for id in slow if system.job(id).status == "PENDING"} == {0}
+
+
 def test_a_paced_queue_keeps_its_pace_over_all_processes_most_urgent_first(system: JobSystem, start_worker: StartWorker) -> None:
     group = new_job_id()
     for priority in ("low", "default", "high"):

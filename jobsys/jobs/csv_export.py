@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from pydantic import Field, field_validator
 
 from jobsys import Job, Payload, job
+from jobsys.job_types import encode
 from jobsys.jobs import settings
 
 STEP = 10_000
@@ -42,6 +43,10 @@ class CsvExport(Payload):
     """The rows to write; `filename` is only the name offered for download."""
 
     data: list[dict[str, Any]] = Field(description="The rows, each an object of column name to value.")
+    columns: list[str] | None = Field(
+        None,
+        description="The columns to write, in this order. Left out: every key of the rows, in order of first appearance.",
+    )
     filename: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$",
@@ -56,6 +61,17 @@ class CsvExport(Payload):
             raise ValueError(f"makes a table of more than {MAX_CELLS:,} cells: its rows have too few columns in common")
         return rows
 
+    @field_validator("columns")
+    @classmethod
+    def _distinct(cls, columns: list[str] | None) -> list[str] | None:
+        if columns is not None and len(set(columns)) < len(columns):
+            raise ValueError("names a column twice")
+        return columns
+
+    def to_store(self, given: str) -> str:
+        """With `columns`: the database does not keep the order of keys, so it is written down where it is still known."""
+        return given if self.columns is not None else encode({**json.loads(given), "columns": _columns(self.data)})
+
 
 @job(
     "CSV_EXPORT",
@@ -65,7 +81,7 @@ class CsvExport(Payload):
 def export_csv(payload: CsvExport, job: Job) -> dict[str, Any]:
     """Write rows to a CSV file, with a header of all their columns."""
     path = settings().output_dir / f"{job.id}.csv"
-    columns = _columns(payload.data)
+    columns = _columns(payload.data) if payload.columns is None else payload.columns
     with _whole_or_not(path) as file:
         measured = _Measured(file)
         writer = csv.writer(measured)

@@ -19,7 +19,7 @@ from email.policy import SMTP
 from typing import Annotated, Any
 
 import email_validator
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from jobsys import GiveUp, Job, Payload, job
 from jobsys.jobs import settings
@@ -71,11 +71,7 @@ Addresses = Annotated[
 class Email(Payload):
     """The mail to send; its sender is MAIL_FROM."""
 
-    to: Addresses = Field(
-        validation_alias=AliasChoices("to", "recipient"),
-        min_length=1,
-        description="An address, or a list. Older clients call it recipient.",
-    )
+    to: Addresses = Field(min_length=1, description="An address, or a list.")
     subject: Annotated[str, AfterValidator(_one_line)] = Field(min_length=1, max_length=998)
     body: str = Field("", description="The text.")
     html: str | None = Field(None, description="The same as HTML, for readers that prefer it.")

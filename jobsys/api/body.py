@@ -1,0 +1,133 @@
+"""A request body becomes Python in one way, and a strict one.
+
+What Python's json lets through and PostgreSQL, or the next reader, does not: NaN and infinities, duplicate keys, numbers beyond 64
+bits, NUL characters, lone surrogates, bottomless nesting. 400 is for what is no JSON object, 422 for one with impossible content.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+import falcon
+
+from jobsys.api.problem import Problem
+from jobsys.errors import InvalidSubmission
+
+LIMIT = 1024 * 1024
+"""The largest body taken, in bytes."""
+DEPTH = 32
+"""How deep objects and arrays may nest."""
+
+
+def read_object(req: falcon.Request, limit: int = LIMIT) -> dict[str, Any]:
+    """The JSON object in the body of `req`. Raises Problem (400, 408, 413, 415) or InvalidSubmission (422)."""
+    if req.content_type != "application/json":
+        _check_content_type(req)
+    if req.get_header("Content-Encoding", default="identity") != "identity":
+        raise Problem(415, "the body must not be compressed")
+    return parse_object(_read(req, limit))
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`. Raises Problem (400) when it is none, InvalidSubmission when its content can't be kept."""
+    if not raw:
+        raise Problem(400, "the body is empty; send a JSON object, {} if there is nothing to say")
+    try:
+        value = json.loads(
+            raw.decode(), parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number, object_pairs_hook=_object
+        )
+    except UnicodeDecodeError:
+        raise Problem(400, "the body is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise Problem(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    if not isinstance(value, dict):
+        raise Problem(400, "the body must be a JSON object")
+    # Only an escape can smuggle in a NUL or a surrogate, and only many brackets can be deep: most bodies need no second look.
+    if b"\\u" in raw or raw.count(b"{") + raw.count(b"[") > DEPTH:
+        _inspect(value, [], DEPTH)
+    return value
+
+
+def _check_content_type(req: falcon.Request) -> None:
+    if req.content_type is None and not req.content_length and not req.get_header("Transfer-Encoding"):
+        return
+    media_type, parameters = falcon.parse_header(req.content_type or "")
+    if media_type.lower() != "application/json" or parameters.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
+        raise Problem(415, "the body must be application/json in UTF-8")
+
+
+def _read(req: falcon.Request, limit: int) -> bytes:
+    length = req.content_length
+    if length is None:
+        # Without a length the body ends where the server says it does, and a server that doesn't say would wait for ever.
+        length = limit + 1 if req.env.get("wsgi.input_terminated") else 0
+    elif length > limit:
+        raise _too_large(limit)
+    try:
+        raw: bytes = req.stream.read(length)
+    except OSError:
+        raise Problem(408, "the body did not arrive") from None
+    except Exception as error:  # whatever the server at hand raises for a transfer coding it can't make sense of
+        raise Problem(400, f"the body can't be read: {type(error).__name__}") from None
+    if len(raw) > limit:
+        raise _too_large(limit)
+    return raw
+
+
+def _inspect(value: Any, loc: list[str | int], depth: int) -> None:
+    if isinstance(value, str):
+        _inspect_text(value, loc)
+    elif isinstance(value, (dict, list)):
+        if depth == 0:
+            raise _too_deep()
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str):
+                _inspect_text(key, loc)
+            if not isinstance(item, (int, float)):
+                _inspect(item, [*loc, key], depth - 1)
+
+
+def _inspect_text(text: str, loc: list[str | int]) -> None:
+    if "\0" in text:
+        raise InvalidSubmission.of(loc, "contains a NUL character, which can't be stored")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidSubmission.of(loc, "contains half of a surrogate pair, which is no text") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise Problem(400, f"the key {json.dumps(twice[:100])} stands twice in one object")
+    return made
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:
+        raise InvalidSubmission.of([], f"the number {text[:30]} does not fit into 64 bits")
+    return number
+
+
+def _number(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise InvalidSubmission.of([], f"the number {text[:30]} is too large")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise Problem(400, f"the body is not JSON: {name} is no number there")
+
+
+def _too_deep() -> Problem:
+    return Problem(400, f"the body nests deeper than {DEPTH} levels")
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem(413, f"the body is larger than {limit} bytes")

@@ -1,0 +1,65 @@
+"""What every exchange gets, errors and 404s included: an id, the same headers, one line in the log."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import Any
+
+import falcon
+from falcon.routing import CompiledRouter
+
+from jobsys import logs
+
+log = logs.get("jobsys.http")
+
+_SANE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+
+class Envelope:
+    """The middleware around everything else. `req.context.id` is the request's id from here on."""
+
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Give the request its id: the caller's, when it is a sane one."""
+        context = req.context
+        context.began = time.perf_counter()
+        context.user = None
+        wish = req.get_header("X-Request-ID")
+        context.id = wish if wish and _SANE_ID.fullmatch(wish) else os.urandom(8).hex()
+
+    def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
+        """Add the headers and log the line. What a responder set itself stands."""
+        if not hasattr(req.context, "id"):  # Falcon refuses some methods before any middleware
+            self.process_request(req, resp)
+        resp.set_header("X-Request-ID", req.context.id)
+        resp.set_header("X-Content-Type-Options", "nosniff")
+        resp.set_header("X-Frame-Options", "DENY")
+        # Not "no-referrer": with it browsers send "Origin: null" with the forms of our own pages, and those are refused then.
+        resp.set_header("Referrer-Policy", "same-origin")
+        if resp.get_header("Cache-Control") is None:
+            resp.set_header("Cache-Control", "no-store")
+        if req.scheme == "https":
+            resp.set_header("Strict-Transport-Security", "max-age=31536000")
+        milliseconds = round((time.perf_counter() - req.context.began) * 1000, 1)
+        log.info("request", method=req.method, path=req.path, status=resp.status_code, ms=milliseconds, request_id=req.context.id)
+
+
+class Router(CompiledRouter):
+    """Falcon's router, for which HEAD is possible wherever GET is, and an unheard-of method is 405 like any other that isn't."""
+
+    def find(self, uri: str, req: Any = None) -> Any:
+        """Falcon's, but `//jobs` is not `/jobs`: a proxy's rules for a path must not be evaded by writing it otherwise."""
+        return None if uri.startswith("//") else super().find(uri, req)
+
+    def map_http_methods(self, resource: object, **kwargs: Any) -> dict[str, Any]:
+        """The responders of `resource` by method."""
+        methods = _Methods(super().map_http_methods(resource, **kwargs))
+        if "GET" in methods:
+            methods.setdefault("HEAD", methods["GET"])
+        return methods
+
+
+class _Methods(dict[str, Any]):
+    def __missing__(self, method: str) -> Any:
+        return self["CONNECT"]  # which nothing here takes

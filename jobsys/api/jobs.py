@@ -1,0 +1,113 @@
+"""The jobs: submit one, look for some, follow one, and change what becomes of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+import falcon
+
+from jobsys.api import body, filters, wire
+from jobsys.api.problem import Problem
+from jobsys.errors import InvalidSubmission
+from jobsys.system import JobRecord, JobSystem
+
+
+class Jobs:
+    """`/jobs`: submit a job, list jobs."""
+
+    def __init__(self, system: JobSystem) -> None:
+        self._system = system
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Submit a job; it is durable before the answer is sent."""
+        document = body.read_object(req)
+        try:
+            job = self._system.submit(**wire.submission(document, key=req.get_header("Idempotency-Key")))
+        except InvalidSubmission as error:
+            raise wire.in_words_of(document, error) from None
+        resp.status = falcon.HTTP_202
+        resp.location = f"/jobs/{job.id}"
+        if job.replayed:
+            resp.set_header("Idempotency-Replayed", "true")
+        resp.media = {"message": "Job accepted!", "jobId": job.id, "status": job.status}
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """List jobs, newest first, a page at a time."""
+        resp.media = filters.page(self._system, req)
+
+
+class Job:
+    """`/jobs/{job_id}` and what hangs below it."""
+
+    def __init__(self, system: JobSystem) -> None:
+        self._system = system
+        # Whoever waits holds a thread; half of them stay free for those who don't.
+        self._waiting = threading.Semaphore(max(1, system.settings.web_threads // 2))
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
+        """Answer the job as it is; with `?wait=` as soon as it is finished, or as it is then."""
+        resp.media = wire.job(self._await(job_id, filters.wait(req)))
+
+    def on_delete(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
+        """Cancel what is unfinished and remove the record."""
+        if self._system.remove(job_id, by="api"):
+            resp.status = falcon.HTTP_204
+        else:
+            resp.status = falcon.HTTP_202
+            resp.media = {"message": "The job runs and was asked to stop; it is removed when it has stopped.", "jobId": job_id}
+
+    def on_post_cancel(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
+        """Cancel a waiting job at once; ask a running one to stop."""
+        accept(resp, self._system.cancel(job_id, by="api"))
+
+    def on_post_retry(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
+        """Run a failed, dead or cancelled job again from the first attempt."""
+        accept(resp, self._system.retry(job_id, by="api"))
+
+    def on_get_events(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
+        """Answer the job's timeline, oldest first."""
+        resp.media = {"jobId": job_id, "events": [wire.event(entry) for entry in self._system.events(job_id)]}
+
+    def on_get_artifact(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
+        """Send the CSV file that the job made."""
+        job = self._system.job(job_id)
+        file = _open_artifact(self._system.settings.output_dir, job)
+        resp.content_type = "text/csv; charset=utf-8"
+        resp.downloadable_as = _download_name(job)
+        resp.set_stream(file, os.fstat(file.fileno()).st_size)
+
+    def _await(self, job_id: str, seconds: float) -> JobRecord:
+        if seconds and self._waiting.acquire(blocking=False):
+            try:
+                return self._system.wait(job_id, seconds)
+            finally:
+                self._waiting.release()
+        return self._system.job(job_id)
+
+
+def accept(resp: falcon.Response, job: JobRecord) -> None:
+    """Answer 202 with the job as it is after what was asked."""
+    resp.status = falcon.HTTP_202
+    resp.media = wire.job(job)
+
+
+def _open_artifact(directory: Path, job: JobRecord) -> IO[bytes]:
+    """The file named for the job, and no other: never through a link, never what a payload or a result names."""
+    try:
+        file = os.fdopen(os.open(directory / f"{job.id}.csv", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except OSError:
+        raise Problem(404, "this job has made no file") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Problem(404, "this job has made no file")
+    return file
+
+
+def _download_name(job: JobRecord) -> str:
+    wish: Any = job.payload.get("filename") if isinstance(job.payload, dict) else None
+    return wish if isinstance(wish, str) and re.fullmatch(r"\w[\w .-]{0,99}", wish) else f"{job.id}.csv"

@@ -1,0 +1,32 @@
+"""The web process put together. `create_app` is the one place that knows who gets what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import falcon
+
+import admin_ui
+from jobsys import api, logs
+from jobsys.api.access import AdminDoor, check
+from jobsys.api.envelope import Envelope, Router
+from jobsys.settings import Settings
+from jobsys.system import JobSystem
+
+
+def create_app(settings: Settings | None = None, system: JobSystem | None = None) -> falcon.App:
+    """The WSGI application: the API, the admin's pages, and what stands before both.
+
+    Raises SettingsError when the settings would leave a door open that should not be.
+    """
+    settings = settings or (system.settings if system else Settings())
+    check(settings)
+    if system is None:
+        logs.configure(settings, process="web")
+        system = JobSystem(settings)
+    middleware: Any = [Envelope(), AdminDoor(settings)]
+    app = falcon.App(middleware=middleware, router=Router())
+    app.req_options.strip_url_path_trailing_slash = True
+    api.add_to(app, system)
+    admin_ui.add_to(app, system)
+    return app

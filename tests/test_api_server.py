@@ -1,0 +1,170 @@
+"""The API behind the real web server: what slow, broken and large requests do to it, and to those who come after them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import Running
+
+from jobsys.settings import Settings
+from jobsys.system import JobSystem
+
+Start = Callable[..., Running]
+POST = b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture
+def web(start_web: Start) -> Running:
+    return start_web(WEB_PROCESSES=1, WEB_THREADS=4)
+
+
+def connect(web: Running) -> socket.socket:
+    address = urlsplit(web.url)
+    return socket.create_connection((address.hostname or "", address.port or 0), timeout=20)
+
+
+def exchange(web: Running, *pieces: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send raw bytes; the answer, read to its end."""
+    with contextlib.closing(connect(web)) as client:
+        for piece in pieces:
+            try:
+                client.sendall(piece)
+            except ConnectionError:
+                break  # refused before all of it was sent, as it should be
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+
+
+@contextlib.contextmanager
+def connection(web: Running) -> Iterator[http.client.HTTPConnection]:
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(web.url).netloc, timeout=30)) as client:
+        yield client
+
+
+def ask(client: http.client.HTTPConnection, method: str, path: str, body: object = None) -> tuple[http.client.HTTPResponse, bytes]:
+    data = None if body is None else json.dumps(body).encode()
+    client.request(method, path, data, {"Content-Type": "application/json"} if data else {})
+    answer = client.getresponse()
+    return answer, answer.read()
+
+
+def test_slow_clients_do_not_stop_the_service(start_web: Start) -> None:
+    web = start_web(WEB_PROCESSES=1, WEB_THREADS=4)
+    silent = [connect(web) for _ in range(30)]
+    began = time.monotonic()
+    with connection(web) as client:
+        assert ask(client, "GET", "/health/live")[0].status == 200
+    assert time.monotonic() - began < 1
+
+    slow = [connect(web) for _ in range(12)]
+    for number, each in enumerate(slow):
+        each.sendall((b"GET /health HTTP/1.1\r\nHost: x\r\n", POST + b"Content-Length: 1000\r\n\r\n{")[number % 2])
+    over = threading.Event()
+
+    def drip() -> None:
+        while not over.wait(0.5):
+            for each in slow:
+                with contextlib.suppress(OSError):
+                    each.sendall(b" ")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    began = time.monotonic()
+    with connection(web) as client:
+        assert ask(client, "GET", "/health/live")[0].status == 200
+    assert time.monotonic() - began < 12
+    over.set()
+    dripping.join()
+    for each in silent + slow:
+        each.close()
+    assert "Traceback" not in web.output
+
+
+def test_requests_the_server_refuses_are_refused_in_the_shape_of_all_others(web: Running) -> None:
+    large = b"x" * 65536
+    for status, *pieces in (
+        (413, POST + b"Content-Length: 10000000\r\n\r\n", *[large] * 40),
+        (413, POST + b"Transfer-Encoding: chunked\r\n\r\n", *[b"10000\r\n" + large + b"\r\n"] * 40),
+        (408, POST + b"Content-Length: 1000\r\n\r\n{"),
+        (400, POST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n{}\r\n0\r\n\r\n"),
+        (400, POST + b"Content-Length: -1\r\n\r\n{}"),
+        (400, POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+        (400, POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}x"),
+        (400, b"NOT HTTP\r\n\r\n"),
+        (414, b"GET /jobs?q=" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (431, b"GET /jobs HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 10_000 + b"\r\n\r\n"),
+    ):
+        answered, headers, body = exchange(web, *pieces)
+        assert (answered, headers["content-type"]) == (status, "application/problem+json"), (pieces[0], body)
+        assert json.loads(body)["status"] == status
+    assert exchange(web, POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")[0] == 202
+    assert "Traceback" not in web.output
+
+
+def test_a_connection_serves_one_request_after_the_other(web: Running) -> None:
+    with connection(web) as client:
+        answer, body = ask(client, "POST", "/jobs", {})
+        job_id = json.loads(body)["jobId"]
+        used = client.sock
+        for method, path, sent, status in (
+            ("GET", f"/jobs/{job_id}", None, 200),
+            ("HEAD", f"/jobs/{job_id}", None, 200),
+            ("GET", "/nothing", None, 404),
+            ("POST", "/jobs", {"type": "NOPE"}, 422),
+            ("POST", f"/jobs/{job_id}/cancel", {"not": "read"}, 202),
+            ("POST", f"/jobs/{job_id}/cancel", {"not": "read"}, 409),
+            ("PUT", "/jobs", {"not": "read"}, 405),
+            ("DELETE", f"/jobs/{job_id}", None, 204),
+            ("GET", f"/jobs/{job_id}", None, 404),
+        ):
+            answer, body = ask(client, method, path, sent)
+            assert answer.status == status
+            assert method != "HEAD" or body == b""
+            assert client.sock is used
+        assert not re.search(r"\d", answer.getheader("Server") or "")
+
+
+def test_a_large_file_arrives_whole(web: Running, settings: Settings, system: JobSystem) -> None:
+    job_id = system.submit("TEST_JOB").id
+    settings.output_dir.mkdir()
+    content = b"a,b\r\n" * 1_000_000
+    (settings.output_dir / f"{job_id}.csv").write_bytes(content)
+    with connection(web) as client:
+        answer, body = ask(client, "GET", f"/jobs/{job_id}/artifact")
+        assert (answer.status, answer.getheader("Content-Type"), len(body)) == (200, "text/csv; charset=utf-8", len(content))
+        assert body == content
+        answer, body = ask(client, "HEAD", f"/jobs/{job_id}/artifact")
+        assert (answer.status, answer.getheader("Content-Length"), body) == (200, str(len(content)), b"")
+        assert ask(client, "GET", "/health/live")[0].status == 200
+
+
+def test_a_server_that_is_told_to_end_answers_what_it_has_begun(web: Running, system: JobSystem) -> None:
+    job_id = system.submit("TEST_JOB").id
+    answers = []
+    with connection(web) as client:
+        waiting = threading.Thread(target=lambda: answers.append(ask(client, "GET", f"/jobs/{job_id}?wait=2")))
+        waiting.start()
+        time.sleep(0.5)
+        web.signal(signal.SIGTERM)
+        waiting.join()
+    assert [(answer.status, json.loads(body)["status"]) for answer, body in answers] == [(200, "PENDING")]
+    assert web.wait() == 0
+
+
+def test_each_request_leaves_one_line_in_the_log_and_cannot_forge_another(web: Running) -> None:
+    with connection(web) as client:
+        ask(client, "GET", "/nothing/line%0Abreak%1b[2J?secret=1")
+    lines = [line for line in web.output.splitlines() if "break" in line]
+    assert len(lines) == 1
+    assert "404" in lines[0] and "GET" in lines[0] and "secret" not in lines[0] and "\x1b[2J" not in lines[0]
