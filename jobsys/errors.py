@@ -90,6 +90,11 @@ class JobStopped(BaseException):
         super().__init__(f"the job was stopped: {reason}")
 
 
+_SPEAKS_FOR_ITSELF = ("job type ", "priority ", "status ", "idempotency key ")
+
+
 def _sentence(error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
+    if str(error["msg"]).startswith(_SPEAKS_FOR_ITSELF):
+        return str(error["msg"])
     return f"{where}: {error['msg']}" if where else str(error["msg"])

@@ -100,7 +100,7 @@ class Running:
     @property
     def family(self) -> list[psutil.Process]:
         """The living processes of its session: itself and whatever it started, orphans included."""
-        return [each for each in psutil.process_iter() if _session(each.pid) == self.pid and _alive(each)]
+        return [each for each in psutil.process_iter() if _session(each.pid) == self.pid and is_alive(each)]
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -160,7 +160,8 @@ def _session(pid: int) -> int:
         return -1
 
 
-def _alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it is more than an exit status that nobody has asked for yet."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
@@ -175,7 +176,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         return
     postgres = Postgres(tmp_path_factory.mktemp("server"), durable=False)
     postgres.start()
-    yield _database(postgres.url, "postgres")
+    yield at_database(postgres.url, "postgres")
     postgres.stop()
 
 
@@ -186,7 +187,7 @@ def template(server: str) -> Iterator[str]:
 
     name = f"jobsys_test_{secrets.token_hex(4)}_template"
     execute(server, f'create database "{name}"')
-    db.migrate(_database(server, name))
+    db.migrate(at_database(server, name))
     yield name
     execute(server, f'drop database "{name}" with (force)')
 
@@ -199,7 +200,7 @@ def database_url(server: str, template: str) -> Iterator[str]:
     """A migrated, empty database of the test's own."""
     name = template.replace("template", str(next(_numbers)))
     execute(server, f'create database "{name}" template "{template}"')
-    yield _database(server, name)
+    yield at_database(server, name)
     execute(server, f'drop database "{name}" with (force)')
 
 
@@ -212,7 +213,8 @@ def execute(url: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]
         return cursor.fetchall() if cursor.description else []
 
 
-def _database(url: str, name: str) -> str:
+def at_database(url: str, name: str) -> str:
+    """The address of the database `name` on the same server."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
 
 

@@ -185,12 +185,12 @@ def test_whatever_cannot_be_done_is_one_sentence_and_exits_with_1(jobsys: Any) -
 
 
 def test_migrate_says_what_it_did_and_a_database_without_tables_what_to_do(jobsys: Any, server: str) -> None:
-    from conftest import _database, execute
+    from conftest import at_database, execute
 
     name = f"jobsys_cli_{os.getpid()}"
     execute(server, f"create database {name}")
     try:
-        empty = {"DATABASE_URL": _database(server, name)}
+        empty = {"DATABASE_URL": at_database(server, name)}
         assert jobsys("jobs", **empty).err.endswith("; run: jobsys migrate\n")
         assert jobsys("migrate", **empty).out.startswith("applied schema")
         assert jobsys("migrate", **empty).out == "the schema is up to date\n"

@@ -46,8 +46,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Registry:
 
 @pytest.fixture
 def surroundings(mail: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What jobs need around them: a mail server, a directory."""
-    monkeypatch.chdir(tmp_path)
+    """What jobs need around them: a mail server, a directory for output."""
     for name, value in {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": str(mail.port), "OUTPUT_DIR": str(tmp_path / "output")}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("INGEST_URL", raising=False)
@@ -57,8 +56,8 @@ def surroundings(mail: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @each_type
-def test_the_example_is_a_valid_payload(job_type: JobType) -> None:
-    assert json.loads(job_type.check(job_type.example)) == job_type.example
+def test_the_example_is_a_valid_payload_and_is_kept_as_it_is(job_type: JobType) -> None:
+    assert job_type.example.items() <= json.loads(job_type.check(job_type.example)).items()
 
 
 @each_type
