@@ -10,33 +10,30 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from hashlib import sha256
 from typing import Any
 
 from dramatiq import Actor
 from dramatiq.common import compute_backoff
 from dramatiq.errors import ConnectionError, QueueJoinTimeout
 from dramatiq.message import Message
-from dramatiq.middleware import Middleware, MiddlewareError
+from dramatiq.middleware import Middleware, MiddlewareError, SkipMessage
 from dramatiq.results import ResultBackend, Results
 from dramatiq.results.errors import ResultFailure, ResultMissing, ResultTimeout
 from dramatiq_pg.broker import PostgresBroker, PostgresConsumer
 from pydantic import ValidationError
 
-from jobsys import db, logs
+from jobsys import db
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission
 from jobsys.ids import new_job_id
 from jobsys.job_types import JobType, Registry, encode
 from jobsys.middleware import stack, unreadable
+from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry
 from jobsys.presence import Presence
 from jobsys.running import RunningJob
 from jobsys.settings import Settings
-from jobsys.settlements import Failed, Outcome, Submitted, insert, plain_text
-
-log = logs.get(__name__)
+from jobsys.settlements import Submitted, insert
 
 
 class JobsBroker(PostgresBroker):
@@ -75,7 +72,7 @@ class JobsBroker(PostgresBroker):
         self.emit_before("enqueue", message, delay)
         submitted = self._submitted(message, delay)
         running = self.running
-        if running is not None and running.left:
+        if running is not None and running.attempt_call.over:
             running.followups.append(submitted)
         else:
             try:
@@ -94,7 +91,7 @@ class JobsBroker(PostgresBroker):
         @functools.wraps(function)
         def stoppable(*args: Any, **kwargs: Any) -> Any:
             running = self.running
-            return function(*args, **kwargs) if running is None else running.call(function, *args, **kwargs)
+            return function(*args, **kwargs) if running is None else running.attempt_call.call(function, *args, **kwargs)
 
         def message_with_options(**options: Any) -> Message[Any]:
             return build(**options)._replace(message_id=new_job_id())
@@ -277,24 +274,23 @@ class JobsConsumer(PostgresConsumer):
 
     def _outcome(self, message: RunningJob) -> Outcome:
         if message.retry_delay is not None:
-            return Outcome("retry", message, _failure(message) | {"worker": message.worker, "delay": message.retry_delay})
+            return retry(message, message.retry_delay)
         if message.stopped == "cancelled":
-            return Outcome("cancel_running", message, {})
+            return cancel(message)
         if message.stopped is not None:
             return release(message)
         if message._exception is not None and not isinstance(message._exception, MiddlewareError):
             # The function raised and no middleware decided what follows: it must not count as done.
             return self._undecided(message)
-        return Outcome("finish", message, {"result": None if message.result == "null" else message.result})
+        return finish(message)
 
     def _undecided(self, message: RunningJob) -> Outcome:
         if message.max_attempts is not None and message.attempt >= message.max_attempts:
             return bury(message)
         settings = self.broker.settings
-        _, delay = compute_backoff(
-            message.attempt - 1, factor=int(settings.retry_min_backoff * 1000), max_backoff=int(settings.retry_max_backoff * 1000)
-        )
-        return Outcome("retry", message, _failure(message) | {"worker": message.worker, "delay": delay / 1000})
+        shortest, longest = int(settings.retry_min_backoff * 1000), int(settings.retry_max_backoff * 1000)
+        _, delay = compute_backoff(message.attempt - 1, factor=shortest, max_backoff=longest)
+        return retry(message, delay / 1000)
 
 
 class JobResults(ResultBackend):
@@ -341,8 +337,9 @@ class Attendance(Middleware):
 
     def before_process_message(self, broker: JobsBroker, message: RunningJob) -> None:
         broker.running = message
-        if broker.presence is not None:
-            broker.presence.begin(message)
+        if broker.presence is not None and not broker.presence.begin(message):
+            message.stopped = "lost"
+            raise SkipMessage("the job was lost while it waited in memory")
 
     def after_ack(self, broker: JobsBroker, message: RunningJob) -> None:
         broker.running = None
@@ -356,59 +353,3 @@ class Attendance(Middleware):
     def after_worker_shutdown(self, broker: JobsBroker, worker: Any) -> None:
         if broker.presence is not None:
             broker.presence.leave()
-
-
-def release(message: RunningJob) -> Outcome:
-    """Back to the queue as the same attempt."""
-    return Outcome("release", message, {})
-
-
-def bury(message: RunningJob) -> Outcome:
-    """The end of a job that won't be tried again by itself."""
-    failure = _failure(message)
-    # An actor this worker doesn't have never reaches a middleware.
-    dead = message.dead or message._exception is None
-    return Outcome("bury", message, failure | {"status": "DEAD" if dead else "FAILED"})
-
-
-def _failure(message: RunningJob) -> dict[str, Any]:
-    error = message._exception
-    if error is None:
-        failed = Failed("ActorNotFound", f"this worker has no job type {message.actor_name}", "", "ActorNotFound")
-    else:
-        failed = Failed(type(error).__name__, _message_of(error), _traceback_of(error), _fingerprint(error))
-    return {"options": encode(message.lasting_options()), **failed._asdict()}
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return plain_text(str(error), 5_000)
-    except Exception as broken:
-        return f"(its text can't be had: str() raised {type(broken).__name__})"
-
-
-def _traceback_of(error: BaseException) -> str:
-    try:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [
-            frame
-            for frame in frames
-            if "/dramatiq/" not in frame.filename and not frame.filename.endswith(("jobsys/running.py", "jobsys/broker.py"))
-        ]
-        return plain_text(
-            "".join(
-                [
-                    "Traceback (most recent call last):\n",
-                    *traceback.format_list(ours[-30:]),
-                    *traceback.format_exception_only(type(error), error),
-                ]
-            )
-        )
-    except Exception:
-        return f"{type(error).__name__} (its traceback can't be had)"
-
-
-def _fingerprint(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f"{last[0].filename}:{last[0].name}" if last else ""
-    return sha256(f"{type(error).__name__} {place}".encode("utf-8", "replace")).hexdigest()[:16]

@@ -5,12 +5,14 @@ Every worker process does all of it, safely many times over; none must be alone,
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psycopg2
+from dramatiq.errors import ConnectionError
 
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
@@ -36,6 +38,7 @@ class Chores(threading.Thread):
         self._chores: list[tuple[Callable[[], float | None], float]] = [
             (self.promote, min(0.2, poll)),
             (self.report, min(0.25, poll)),
+            (self.write_outcomes, poll),
             (self.give_back_unstarted, min(0.5, poll)),
             (self.rescue, poll),
             (self.remove_stopped, poll),
@@ -71,6 +74,12 @@ class Chores(threading.Thread):
     def report(self) -> None:
         """Write what running jobs logged."""
         self._presence.report(list(self._presence.running))
+
+    def write_outcomes(self) -> None:
+        """Write outcomes that wait since the database was away."""
+        if len(self._presence.settlements):
+            with contextlib.suppress(ConnectionError):
+                self._presence.settlements.write()
 
     def give_back_unstarted(self) -> None:
         """Give back what was claimed too early."""

@@ -6,6 +6,7 @@ into free threads, and so an urgent job never waits long behind claimed ones.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -16,6 +17,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from jobsys import db
+from jobsys.errors import DatabaseUnavailable
 from jobsys.job_types import PRIORITIES
 from jobsys.running import RunningJob
 
@@ -36,7 +38,8 @@ class WorkQueue(queue.PriorityQueue):
     def __init__(self, threads: int) -> None:
         super().__init__()
         self.threads = threads
-        self.started = 0
+        self.expected: set[RunningJob] = set()
+        """Jobs that were claimed and are not started: here, or on their way here."""
         self.finished = 0
         self.room = threading.Event()
         self.closed = False
@@ -45,14 +48,15 @@ class WorkQueue(queue.PriorityQueue):
         heappush(self.queue, item[1])
 
     def _get(self) -> tuple[int, RunningJob]:
-        self.started += 1
-        return (0, heappop(self.queue))
+        job = heappop(self.queue)
+        self.expected.discard(job)
+        return (0, job)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         with self.not_empty:
             if not self.queue and block and not self.closed:
                 self.not_empty.wait(timeout)
-            if self.queue:
+            if self.queue and not (self.closed and block):
                 return self._get()
         if self.closed:
             time.sleep(0.001)
@@ -76,8 +80,7 @@ class WorkQueue(queue.PriorityQueue):
             if late:
                 self.queue = [job for job in self.queue if job.claimed_at >= claimed_before]
                 heapify(self.queue)
-                self.unfinished_tasks -= len(late)
-                self.started += len(late)
+                self._forget(len(late))
         return late
 
     def close(self) -> list[RunningJob]:
@@ -86,10 +89,15 @@ class WorkQueue(queue.PriorityQueue):
             self.closed = True
             unstarted = list(self.queue)
             self.queue.clear()
-            self.unfinished_tasks -= len(unstarted)
+            self._forget(len(unstarted))
             self.not_empty.notify_all()
         self.room.set()
         return unstarted
+
+    def _forget(self, jobs: int) -> None:
+        self.unfinished_tasks -= jobs
+        if self.unfinished_tasks == 0:
+            self.all_tasks_done.notify_all()
 
 
 class Turns:
@@ -133,7 +141,6 @@ class Claims:
         poll_interval: float,
     ) -> None:
         self.work = work
-        self.taken = 0
         self.closed = False
         self._database = database
         self._worker = worker
@@ -178,18 +185,15 @@ class Claims:
                 if room == 0 or self.closed:
                     return []
                 rows, pause = self._claim(queue_name, room)
-            if rows:
+                jobs = [self._make(row) for row in sorted(rows, key=_order)]
+                self.work.expected.update(jobs)
+            if jobs:
                 self._note_work(queue_name)
-                return [self._make(row) for row in sorted(rows, key=_order)]
+                return jobs
             wait = self._note_nothing(queue_name, pause)
             if wait and not bell.wait(wait) and time.monotonic() >= deadline:
                 return []
         return []
-
-    @property
-    def unstarted(self) -> int:
-        """Jobs claimed and not yet started."""
-        return self.taken - self.work.started
 
     def _wait_for_room(self, deadline: float) -> int:
         while not self.closed:
@@ -205,7 +209,7 @@ class Claims:
 
     def _room(self) -> int:
         ahead = int(self._pace() * AHEAD)
-        unstarted = self.unstarted
+        unstarted = len(self.work.expected)
         if self._backlog() > 2 * LARGEST_CLAIM:
             return 0
         free = self.work.idle_threads if unstarted == 0 else 0
@@ -227,7 +231,6 @@ class Claims:
             self._limited = {name for (name,) in self._database.run("limited_queues")}
             self._limits_read_at = time.monotonic()
         rows, pause = self._claim_limited(queue_name, room) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
-        self.taken += len(rows)
         return rows, pause
 
     def _claim_freely(self, queue_name: str, room: int) -> list[db.Row]:
@@ -297,9 +300,10 @@ class Claims:
         if naps >= 0:
             if naps > 0:
                 self._asleep[queue_name] = 0
-            elif self.unstarted > self.work.threads:
-                self._database.run("wake", id=self._worker(), queue=queue_name)
-                self._asleep[queue_name] = -1
+            elif len(self.work.expected) > self.work.threads:
+                with contextlib.suppress(DatabaseUnavailable):
+                    self._database.run("wake", id=self._worker(), queue=queue_name)
+                    self._asleep[queue_name] = -1
 
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:
         """Nothing was found. How long to wait: not at all right after saying that this process sleeps, then longer and longer."""

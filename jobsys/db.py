@@ -23,6 +23,7 @@ from psycopg2 import errors as pg_errors
 from psycopg2 import extensions
 
 from jobsys.errors import DatabaseUnavailable, SettingsError
+from jobsys.interrupt import undisturbed
 from jobsys.settings import Settings
 
 Row = tuple[Any, ...]
@@ -89,25 +90,25 @@ class Database:
     @contextmanager
     def connection(self, *, patience: float | None = None) -> Iterator[Any]:
         """A connection of the pool, for the time of the block; waits for one up to `wait` seconds. A broken one is closed, not returned."""
-        if not self._turns.acquire(timeout=self.wait):
-            raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
-        connection = None
-        try:
-            connection = self._take()
-            if self._patience is not None:
-                self._in_use[connection] = time.monotonic() + (patience or self._patience)
-                self._start_watch()
-            with translated():
-                yield connection
-        except BaseException:
-            if connection is not None:
-                _close(connection)
-            raise
-        else:
-            self._idle.append(connection)
-        finally:
-            self._in_use.pop(connection, None)
-            self._turns.release()
+        # A job's function may use a pool, and be stopped meanwhile: not in here, where locks are held.
+        with undisturbed():
+            if not self._turns.acquire(timeout=self.wait):
+                raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
+            connection = None
+            try:
+                connection = self._take()
+                if self._patience is not None:
+                    self._in_use[connection] = time.monotonic() + (patience or self._patience)
+                    self._start_watch()
+                with translated():
+                    yield connection
+            finally:
+                self._in_use.pop(connection, None)
+                if connection is not None and alive(connection):
+                    self._idle.append(connection)
+                elif connection is not None:
+                    _close(connection)
+                self._turns.release()
 
     def run(self, name: str, **parameters: Any) -> list[Row]:
         """Run one named statement in a transaction of its own; the rows it returns."""

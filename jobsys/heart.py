@@ -122,10 +122,10 @@ class Heart(threading.Thread):
             asked_at = job.stop_asked_at
             if asked_at is None or job.job.stop_reason == "shutdown" or job.outcome is not None:
                 continue
-            if now > asked_at + COOPERATION + STUBBORNNESS and not job.left:
+            if now > asked_at + COOPERATION + STUBBORNNESS and not job.attempt_call.over:
                 self._presence.write_off(job, _ending(job))
             elif now > asked_at + COOPERATION:
-                job.throw()
+                job.attempt_call.throw()
 
     def _reconnect(self, error: Exception) -> None:
         if self._stopped.is_set():

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.errors import ConnectionError
 
-from jobsys import db, logs
+from jobsys import __version__, db, logs
 from jobsys.chores import Chores
 from jobsys.claims import LATEST_START, Claims, WorkQueue
 from jobsys.errors import DatabaseUnavailable
 from jobsys.heart import Heart
 from jobsys.ids import new_job_id
+from jobsys.job_types import encode
+from jobsys.outcomes import Outcome, plain_text, release
 from jobsys.running import RunningJob
-from jobsys.settlements import Outcome, Settlements
+from jobsys.settlements import Settlements
 
 if TYPE_CHECKING:
     from jobsys.broker import JobsBroker
@@ -71,8 +73,6 @@ class Presence:
 
     def row(self) -> dict[str, Any]:
         """What the row in `workers` says of this process."""
-        from jobsys import __version__
-
         return {
             "id": self.id,
             "host": socket.gethostname(),
@@ -104,21 +104,19 @@ class Presence:
 
     def give_back_unstarted(self) -> None:
         """Give back what was claimed and then found no free thread: another process may have one, and more urgent jobs may have come."""
-        from jobsys.broker import release
-
         for job in self.work.take_back(time.monotonic() - LATEST_START):
             self._settle_if_possible(job, release(job))
 
-    def begin(self, job: RunningJob) -> None:
-        """A thread starts on a job. If it was lost while it waited in memory, it is stopped before it starts."""
+    def begin(self, job: RunningJob) -> bool:
+        """A thread is about to start a job. False: this worker was declared lost meanwhile, and the job is no longer its own."""
         self.running.add(job)
-        if job.worker != self.id:
-            job.stop("lost")
+        return job.worker == self.id
 
     def settle(self, job: RunningJob, outcome: Outcome) -> None:
         """Write how an attempt ended. Raises Dramatiq's ConnectionError when the database is away; the outcome is kept."""
         if job.job.unreported or job.job.latest:
             self.report([job])
+        self.work.expected.discard(job)
         self.settlements.add(outcome)
         self.running.discard(job)
         if outcome.statement in ("retry", "bury"):
@@ -161,9 +159,9 @@ class Presence:
         self.must_end.set()
 
     def stop_claiming(self) -> None:
-        """Take no new job, give back at once what was not started, and let running jobs know."""
-        from jobsys.broker import release
+        """Take no new job, give back at once what was not started, and let running jobs know.
 
+        To be repeated while the process ends: a claim that was on its way may still arrive."""
         self.claims.close()
         for job in self.work.close():
             self._settle_if_possible(job, release(job))
@@ -172,8 +170,6 @@ class Presence:
 
     def leave(self) -> None:
         """The end: interrupt what still runs, give it back, write what waits, and take the row away."""
-        from jobsys.broker import release
-
         if self._left:
             return
         self._left = True
@@ -182,7 +178,7 @@ class Presence:
             log.warning("interrupting jobs that still run", running=len(self.running))
             for job in list(self.running):
                 job.job.must_end = True
-                job.throw()
+                job.attempt_call.throw()
             deadline = time.monotonic() + LAST_WORDS
             while self.running and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -232,9 +228,6 @@ def _log_failure(outcome: Outcome) -> None:
 
 
 def _report(lines: list[Any], latest: list[Any]) -> dict[str, list[Any]]:
-    from jobsys.job_types import encode
-    from jobsys.settlements import plain_text
-
     return {
         "id": [job.message_id for job, _ in latest],
         "claim": [job.claim for job, _ in latest],

@@ -1,16 +1,9 @@
-"""A claimed job in a worker's memory: Dramatiq's message, the fence it holds, and how it can be stopped.
-
-JobStopped is thrown into a thread only while that thread is inside the job's own function. Anywhere else (middleware, settlement, the
-connection pool) an exception at an arbitrary bytecode leaves locks taken and processes dead, so `call` guards both edges.
-"""
+"""A claimed job in a worker's memory: Dramatiq's message, the fence it holds, and how it is asked to stop."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import threading
 import time
-from collections.abc import Callable
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -19,9 +12,9 @@ from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
 
 from jobsys.errors import JobStopped
+from jobsys.interrupt import Interruptible
 from jobsys.job_types import Job, JobType
 
-_throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 
 
@@ -59,8 +52,7 @@ class RunningJob(MessageProxy):
         self.stop_asked_at: float | None = None
         self.job = LiveJob(self)
         self._exception: BaseException | None = None
-        self._inside = self._throwing = self._thrown = False
-        self._thread = 0
+        self.attempt_call = Interruptible(JobStopped)
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -103,54 +95,11 @@ class RunningJob(MessageProxy):
             kept["args"] = self.options["args"]
         return kept
 
-    @property
-    def left(self) -> bool:
-        """Whether the job's function has ended, so that what happens now belongs to the attempt's end."""
-        return not self._inside and self._thread != 0
-
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the job's own function. JobStopped can be thrown into the thread from here on, and not after."""
-        ended = False
-        result = None
-        self._thread = threading.get_ident()
-        try:
-            self._inside = True
-            result = function(*args, **kwargs)
-            ended = True
-            self._leave()
-        except JobStopped:
-            # Thrown at most once. It may have come too late, while leaving: then the function has ended all the same.
-            self._leave()
-            if not ended:
-                raise
-        except BaseException:
-            self._leave()
-            raise
-        return result
-
     def stop(self, reason: str) -> None:
         """Ask the job to stop: `job.stopping` is true from here on, and `job.checkpoint()` raises. The first reason stays."""
         if self.job.stop_reason is None or self.job.stop_reason == "shutdown":
             self.job.stop_reason = reason
             self.stop_asked_at = time.monotonic()
-
-    def throw(self) -> None:
-        """Raise JobStopped in the job's thread, once, if it is inside the job's function right now."""
-        self._throwing = True
-        try:
-            if self._inside and not self._thrown:
-                self._thrown = True
-                _throw(ctypes.c_ulong(self._thread), ctypes.py_object(JobStopped))
-        finally:
-            self._throwing = False
-
-    def _leave(self) -> None:
-        self._inside = False
-        while self._throwing:
-            time.sleep(0.0001)
-        if self._thrown:
-            # Set and not delivered yet: take it back. (Delivered on the way here, it was caught by `call`.)
-            _throw(ctypes.c_ulong(self._thread), None)
 
 
 class LiveJob(Job):

@@ -16,7 +16,7 @@ from dramatiq.errors import ConnectionError
 
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
-from jobsys.job_types import encode
+from jobsys.outcomes import Outcome, unstorable
 from jobsys.running import RunningJob
 
 LARGEST_GROUP = 500
@@ -37,23 +37,6 @@ class Submitted(NamedTuple):
     delay: float | None
     group_id: str | None
     idempotency_key: str | None
-
-
-class Failed(NamedTuple):
-    """What is kept of an exception, as text PostgreSQL can hold."""
-
-    type: str
-    message: str
-    traceback: str
-    fingerprint: str
-
-
-class Outcome(NamedTuple):
-    """How one attempt ended: the name of the statement that writes it, and that statement's parameters for this job."""
-
-    statement: str
-    job: RunningJob
-    parameters: dict[str, Any]
 
 
 def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
@@ -137,21 +120,10 @@ class Settlements:
         """The outcome itself can't be stored (a result jsonb refuses, a value out of range): that is the failure to keep."""
         log.error("outcome can't be stored", job_id=outcome.job.message_id, error=str(error))
         outcome.job.followups = []
-        text = f"the outcome of this attempt can't be stored: {str(error).strip()}"
-        failed = Failed(type(error).__name__, plain_text(text), "", "outcome")
-        parameters = {"status": "FAILED", "options": encode({}), **failed._asdict()}
         try:
-            self._write_together([Outcome("bury", outcome.job, parameters)])
+            self._write_together([unstorable(outcome.job, error)])
         except psycopg2.Error:
             log.exception("neither the outcome nor its failure can be stored", job_id=outcome.job.message_id)
-
-
-def plain_text(text: str, limit: int = 20_000) -> str:
-    """`text` as PostgreSQL can store it: NUL and lone surrogates become U+FFFD, and what is beyond `limit` characters is cut out of the
-    middle."""
-    if len(text) > limit:
-        text = f"{text[: limit // 2]}\n… {len(text) - limit} characters left out …\n{text[-limit // 2 :]}"
-    return text.replace("\x00", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def _columns(outcomes: list[Outcome]) -> dict[str, list[Any]]:

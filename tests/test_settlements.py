@@ -11,8 +11,9 @@ from test_queue import Worker
 
 from jobsys import db
 from jobsys.ids import new_job_id
+from jobsys.outcomes import Outcome, finish, plain_text
 from jobsys.running import RunningJob
-from jobsys.settlements import Outcome, Settlements, Submitted, plain_text
+from jobsys.settlements import Settlements, Submitted
 from jobsys.system import JobSystem, Submission
 
 
@@ -46,10 +47,6 @@ def running(system: JobSystem, worker: Worker) -> Callable[[], RunningJob]:
 
 def next_job() -> Submitted:
     return Submitted(new_job_id(), "TEST_JOB", "default", 0, "{}", "{}", 4, None, None, None, None)
-
-
-def finish(job: RunningJob) -> Outcome:
-    return Outcome("finish", job, {"result": '{"ok": true}'})
 
 
 def test_what_follows_a_job_is_inserted_with_its_end(

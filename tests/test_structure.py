@@ -10,12 +10,13 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "ids"},
+    {"errors", "ids", "interrupt"},
     {"settings"},
     {"logs", "local", "db"},
     {"job_types"},
     {"jobs", "running"},
-    {"settlements", "middleware", "claims"},
+    {"outcomes", "middleware", "claims"},
+    {"settlements"},
     {"chores", "heart", "presence"},
     {"broker"},
     {"system"},

@@ -1,0 +1,115 @@
+"""How an attempt can end, and what is kept of its failure.
+
+An outcome names one statement of sql/queue.sql and this job's parameters for it; settlements.py writes it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+from jobsys.job_types import encode
+from jobsys.running import RunningJob
+
+
+class Outcome(NamedTuple):
+    """How one attempt ended: the name of the statement that writes it, and that statement's parameters for this job."""
+
+    statement: str
+    job: RunningJob
+    parameters: dict[str, Any]
+
+
+class Failed(NamedTuple):
+    """What is kept of an exception, as text PostgreSQL can hold."""
+
+    type: str
+    message: str
+    traceback: str
+    fingerprint: str
+
+
+def finish(job: RunningJob) -> Outcome:
+    """COMPLETED, with what the function returned."""
+    return Outcome("finish", job, {"result": None if job.result == "null" else job.result})
+
+
+def retry(job: RunningJob, delay: float) -> Outcome:
+    """The attempt failed; another follows in `delay` seconds."""
+    return Outcome("retry", job, {**_failure(job), "worker": job.worker, "delay": delay})
+
+
+def bury(job: RunningJob) -> Outcome:
+    """FAILED, the end of a job that won't be tried again by itself; or DEAD, when it could not be run at all."""
+    # A type this worker doesn't have never reaches a middleware, and leaves no exception.
+    dead = job.dead or job._exception is None
+    return Outcome("bury", job, {**_failure(job), "status": "DEAD" if dead else "FAILED"})
+
+
+def release(job: RunningJob) -> Outcome:
+    """Back to the queue as the same attempt."""
+    return Outcome("release", job, {})
+
+
+def cancel(job: RunningJob) -> Outcome:
+    """CANCELLED: it was asked to stop, and did."""
+    return Outcome("cancel_running", job, {})
+
+
+def unstorable(job: RunningJob, error: Exception) -> Outcome:
+    """FAILED, because the outcome the attempt had can't be stored."""
+    text = plain_text(f"the outcome of this attempt can't be stored: {str(error).strip()}")
+    failed = Failed(type(error).__name__, text, "", "outcome")
+    return Outcome("bury", job, {"status": "FAILED", "options": encode({}), **failed._asdict()})
+
+
+def plain_text(text: str, limit: int = 20_000) -> str:
+    """`text` as PostgreSQL can store it: NUL and lone surrogates become U+FFFD, and what is beyond `limit` characters is cut out of the
+    middle."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}\n… {len(text) - limit} characters left out …\n{text[-limit // 2 :]}"
+    return text.replace("\x00", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _failure(job: RunningJob) -> dict[str, Any]:
+    error = job._exception
+    if error is None:
+        failed = Failed("ActorNotFound", f"this worker has no job type {job.actor_name}", "", "ActorNotFound")
+    else:
+        failed = Failed(type(error).__name__, _message_of(error), _traceback_of(error), _fingerprint(error))
+    return {"options": encode(job.lasting_options()), **failed._asdict()}
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return plain_text(str(error), 5_000)
+    except Exception as broken:
+        return f"(its text can't be had: str() raised {type(broken).__name__})"
+
+
+def _traceback_of(error: BaseException) -> str:
+    try:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [
+            frame
+            for frame in frames
+            if "/dramatiq/" not in frame.filename and not frame.filename.endswith(("jobsys/running.py", "jobsys/broker.py"))
+        ]
+        return plain_text(
+            "".join(
+                [
+                    "Traceback (most recent call last):\n",
+                    *traceback.format_list(ours[-30:]),
+                    *traceback.format_exception_only(type(error), error),
+                ]
+            )
+        )
+    except Exception:
+        return f"{type(error).__name__} (its traceback can't be had)"
+
+
+def _fingerprint(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f"{last[0].filename}:{last[0].name}" if last else ""
+    return sha256(f"{type(error).__name__} {place}".encode("utf-8", "replace")).hexdigest()[:16]
