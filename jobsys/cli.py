@@ -61,8 +61,7 @@ def complain(error: Exception) -> int:
     from jobsys.logs import printable
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    hint = "; run: jobsys migrate" if type(error).__name__ in ("UndefinedTable", "UndefinedColumn", "UndefinedFunction") else ""
-    click.echo(f"jobsys: {printable(lines[0])}{hint}", err=True)
+    click.echo(f"jobsys: {printable(lines[0])}", err=True)
     return 1
 
 

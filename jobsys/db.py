@@ -179,7 +179,7 @@ def translated() -> Iterator[None]:
         raise
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
         raise DatabaseUnavailable(_first_line(error)) from error
-    except pg_errors.UndefinedTable as error:
+    except (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction) as error:
         raise DatabaseUnavailable("the database has no tables of jobsys, or older ones: run `jobsys migrate`") from error
 
 

@@ -121,7 +121,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.expected = False
         self.times = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        closed = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # under nohup it stays ignored
+        for number in (signal.SIGINT, signal.SIGTERM, *closed):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:

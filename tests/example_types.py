@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import dramatiq
 
@@ -120,3 +121,24 @@ def write_line(path: str, line: str, fail: bool = False) -> None:
         file.write(line + "\n")
     if fail:
         raise RuntimeError("told to")
+
+
+@dramatiq.actor(queue_name="plain")
+def record_success(message: dict[str, Any], result: object) -> None:
+    with Path(message["args"][0]).open("a") as file:
+        file.write(f"success {result}\n")
+
+
+@dramatiq.actor(queue_name="plain")
+def record_failure(message: dict[str, Any], error: dict[str, str]) -> None:
+    with Path(message["args"][0]).open("a") as file:
+        file.write(f"failure {error['type']}\n")
+
+
+@dramatiq.actor(queue_name="plain", max_retries=3)
+def again_soon(path: str) -> str:
+    with Path(path).open("a") as file:
+        file.write("try\n")
+    if Path(path).read_text().count("try") < 3:
+        raise dramatiq.Retry("not yet", delay=50)
+    return "third time"

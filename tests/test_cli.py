@@ -191,7 +191,7 @@ def test_migrate_says_what_it_did_and_a_database_without_tables_what_to_do(jobsy
     execute(server, f"create database {name}")
     try:
         empty = {"DATABASE_URL": at_database(server, name)}
-        assert jobsys("jobs", **empty).err.endswith("; run: jobsys migrate\n")
+        assert jobsys("jobs", **empty).err.endswith("run `jobsys migrate`\n")
         assert jobsys("migrate", **empty).out.startswith("applied schema")
         assert jobsys("migrate", **empty).out == "the schema is up to date\n"
     finally:
@@ -242,7 +242,7 @@ def test_more_jobs_than_fit_one_page_are_listed_too(jobsys: Any, system: JobSyst
 
 def test_whoever_stops_reading_is_not_answered_with_a_traceback(settings: Settings, system: JobSystem) -> None:
     system.submit_many([Submission("TEST_JOB", {"n": n}) for n in range(1000)])
-    pipeline = f"{sys.executable} -m jobsys jobs --limit 1000 | head -n 1"
+    pipeline = f"{shlex.quote(sys.executable)} -m jobsys jobs --limit 1000 | head -n 1"
     done = subprocess.run(["sh", "-c", pipeline], env=environment(settings), capture_output=True, text=True, timeout=30)
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import dramatiq
 import psutil
 import pytest
 from conftest import Launcher, Running, environment, eventually, execute
+from dramatiq.errors import QueueJoinTimeout
+from dramatiq.results.errors import ResultFailure
 
 from jobsys import db
 from jobsys.ids import new_job_id
@@ -350,32 +353,61 @@ def test_a_paused_queue_starts_nothing_until_it_is_resumed(system: JobSystem, wo
     assert system.wait(job.id, 10).status == "COMPLETED"
 
 
-def test_plain_dramatiq_actors_run_in_the_same_worker(system: JobSystem, worker: Running, tmp_path: Path) -> None:
-    import dramatiq
+@pytest.fixture
+def actors(system: JobSystem) -> dict[str, Any]:
+    """The plain actors of example_types.py, as a program that sends to them declares them."""
     import example_types
 
-    broker: Any = system.broker
-    add = dramatiq.actor(example_types.add.fn, broker=broker, actor_name="add", queue_name="plain", store_results=True)
-    write = dramatiq.actor(
-        example_types.write_line.fn, broker=broker, actor_name="write_line", queue_name="plain", max_retries=1, min_backoff=10
-    )
-    results = broker.get_results_backend()
-    assert add.send(1, b=2).get_result(backend=results, block=True) == 3
+    for name in ("add", "write_line", "record_success", "record_failure", "again_soon"):
+        plain: Any = getattr(example_types, name)
+        if name not in system.broker.actors:
+            dramatiq.actor(plain.fn, broker=system.broker, actor_name=name, queue_name=plain.queue_name, **plain.options)
+    return system.broker.actors
+
+
+def test_a_plain_actor_gets_its_arguments_and_its_result_can_be_had(system: JobSystem, worker: Running, actors: dict[str, Any]) -> None:
+    message = actors["add"].send(1, b=2)
+    assert message.get_result(backend=system.broker.get_results_backend(), block=True, timeout=15_000) == 3
+    assert system.job(message.message_id).status == "COMPLETED"
+
+
+def test_pipelines_and_groups_of_plain_actors_work(system: JobSystem, worker: Running, actors: dict[str, Any]) -> None:
+    add, broker = actors["add"], system.broker
     pipe = dramatiq.pipeline([add.message(1, 2), add.message(3), add.message(4)], broker=broker).run()
     assert pipe.get_result(block=True, timeout=15_000) == 10
     group = dramatiq.group([add.message(n, n) for n in range(5)], broker=broker).run()
     assert list(group.get_results(block=True, timeout=15_000)) == [0, 2, 4, 6, 8]
-    file = tmp_path / "written"
-    write.send_with_options(args=(str(file), "later"), delay=300)
-    write.send(str(file), "failing", fail=True)
-    broker.join("plain", timeout=20_000)
-    assert sorted(file.read_text().split()) == ["failing", "failing", "later"]
-    from dramatiq.results.errors import ResultFailure
 
-    failing = add.send("one", 2)
-    with pytest.raises(ResultFailure, match="TypeError"):
-        system.cancel(failing.message_id) if system.wait(failing.message_id, 2).status == "SCHEDULED" else None
-        failing.get_result(backend=results, block=True, timeout=15_000)
+
+def test_delays_retries_and_callbacks_of_plain_actors_work(
+    system: JobSystem, worker: Running, actors: dict[str, Any], tmp_path: Path
+) -> None:
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    actors["write_line"].send_with_options(args=(str(one), "later"), delay=300, on_success=actors["record_success"])
+    actors["write_line"].send_with_options(args=(str(two), "failing", True), on_failure="record_failure")
+    actors["again_soon"].send_with_options(args=(str(three),), on_success=actors["record_success"])
+    system.broker.join("plain", timeout=20_000)
+    assert one.read_text().splitlines() == ["later", "success None"]
+    assert sorted(two.read_text().splitlines()) == ["failing", "failing", "failure RuntimeError", "failure RuntimeError"]
+    assert three.read_text().splitlines() == ["try", "try", "try", "success third time"]
+
+
+def test_a_plain_actor_that_fails_for_good_raises_at_whoever_asks_for_its_result(
+    system: JobSystem, worker: Running, actors: dict[str, Any], tmp_path: Path
+) -> None:
+    message = actors["write_line"].send(str(tmp_path / "file"), "line", fail=True)
+    with pytest.raises(ResultFailure, match="RuntimeError: told to"):
+        message.get_result(backend=system.broker.get_results_backend(), block=True, timeout=15_000)
+    assert len(system.failures(message.message_id)) == 2
+
+
+def test_flush_removes_what_waits_and_join_waits_for_the_rest(system: JobSystem, actors: dict[str, Any]) -> None:
+    actors["add"].send(1, 2)
+    with pytest.raises(QueueJoinTimeout):
+        system.broker.join("plain", timeout=100)
+    system.broker.flush("plain")
+    system.broker.join("plain", timeout=1000)
+    assert system.jobs().jobs == []
 
 
 def test_nothing_is_left_in_memory_or_in_the_database_when_a_worker_has_left(
