@@ -20,10 +20,11 @@ _here = threading.local()
 class Interruptible:
     """One call of a function, into which `exception` (a class) can be thrown, at most once."""
 
+    _inside = _throwing = _thrown = False
+    _thread = 0
+
     def __init__(self, exception: type[BaseException]) -> None:
         self._exception = exception
-        self._inside = self._throwing = self._thrown = False
-        self._thread = 0
 
     @property
     def over(self) -> bool:

@@ -10,7 +10,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.middleware import AgeLimit, Callbacks, CurrentMessage, Middleware, Pipelines
+from dramatiq.middleware import AgeLimit, Callbacks, Middleware, Pipelines
 from dramatiq.middleware import Retries as DramatiqRetries
 from dramatiq.results import Results
 from pydantic import ValidationError
@@ -112,7 +112,6 @@ def stack(settings: Settings) -> list[Middleware]:
     return [
         Priority(),
         AgeLimit(),
-        CurrentMessage(),
         Callbacks(),
         Pipelines(),
         Stopping(),

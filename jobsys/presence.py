@@ -112,6 +112,11 @@ class Presence:
         self.running.add(job)
         return job.worker == self.id
 
+    @property
+    def unfinished(self) -> list[RunningJob]:
+        """The running jobs whose end is not decided."""
+        return [job for job in list(self.running) if job.outcome is None]
+
     def settle(self, job: RunningJob, outcome: Outcome) -> None:
         """Write how an attempt ended. Raises Dramatiq's ConnectionError when the database is away; the outcome is kept."""
         if job.job.unreported or job.job.latest:
@@ -174,15 +179,15 @@ class Presence:
             return
         self._left = True
         self.stop_claiming()
-        if self.running:
-            log.warning("interrupting jobs that still run", running=len(self.running))
-            for job in list(self.running):
+        if unfinished := self.unfinished:
+            log.warning("interrupting jobs that still run", running=len(unfinished))
+            for job in unfinished:
                 job.job.must_end = True
                 job.attempt_call.throw()
             deadline = time.monotonic() + LAST_WORDS
-            while self.running and time.monotonic() < deadline:
+            while self.unfinished and time.monotonic() < deadline:
                 time.sleep(0.01)
-            for job in list(self.running):
+            for job in self.unfinished:
                 self._settle_if_possible(job, release(job))
         self._chores.stop()
         self._heart.stop()

@@ -21,6 +21,17 @@ _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 class RunningJob(MessageProxy):
     """One attempt at one job. Ordered as the queue is: priority, then due time, then arrival."""
 
+    # What most attempts never change stands here: it is made some ten thousand times a second.
+    failed = False
+    dead = False
+    stopped: str | None = None
+    retry_delay: float | None = None
+    result = "null"
+    outcome: str | None = None
+    deadline: float | None = None
+    stop_asked_at: float | None = None
+    _exception: BaseException | None = None
+
     def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None) -> None:
         (
             self.message_id,
@@ -41,17 +52,8 @@ class RunningJob(MessageProxy):
         self.options: dict[str, Any] = {} if options == "{}" else json.loads(options)
         self.options["max_retries"] = None if self.max_attempts is None else self.max_attempts - 1
         self.order: tuple[int, datetime, str] = (self.priority, self.run_at, self.message_id)
-        self.failed = False
-        self.dead = False
-        self.stopped: str | None = None
-        self.retry_delay: float | None = None
-        self.result = "null"
-        self.outcome: str | None = None
         self.followups: list[Any] = []
-        self.deadline: float | None = None
-        self.stop_asked_at: float | None = None
         self.job = LiveJob(self)
-        self._exception: BaseException | None = None
         self.attempt_call = Interruptible(JobStopped)
 
     @property
@@ -85,6 +87,10 @@ class RunningJob(MessageProxy):
 
     __hash__ = object.__hash__
 
+    def clear_exception(self) -> None:
+        """Forget the exception, and the frames it holds."""
+        self.__dict__.pop("_exception", None)
+
     def __str__(self) -> str:
         return f"{self.actor_name} {self.message_id} (attempt {self.attempt})"
 
@@ -105,17 +111,17 @@ class RunningJob(MessageProxy):
 class LiveJob(Job):
     """The `job` a function gets in a worker: what it says is kept for the job's record until the next report."""
 
+    fraction: float | None = None
+    stop_reason: str | None = None
+    must_end = False
+    latest: dict[str, Any] | None = None
+    """Progress that is not yet in the record."""
+
     def __init__(self, running: RunningJob) -> None:
-        self._running = running
         self.id = running.message_id
         self.type = running.actor_name
         self.attempt = running.attempt
-        self.lines = []
-        self.fraction = None
-        self.stop_reason = None
-        self.must_end = False
         self.unreported: list[tuple[float, str, str]] = []
-        self.latest: dict[str, Any] | None = None
 
     def log(self, line: str) -> None:
         """Add a line to the job's timeline."""

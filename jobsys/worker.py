@@ -159,10 +159,10 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     presence.stop_claiming()
     deadline = time.monotonic() + settings.shutdown_grace
     # A second signal hurries; a job that can't be stopped is written off already and is not waited for.
-    while any(job.outcome is None for job in list(presence.running)) and time.monotonic() < deadline and len(ends) <= max(1, reasons):
+    while presence.unfinished and time.monotonic() < deadline and len(ends) <= max(1, reasons):
         time.sleep(0.02)
         presence.stop_claiming()
-    worker.stop(timeout=0 if presence.running else 2000)
+    worker.stop(timeout=0 if presence.unfinished else 2000)
     system.close()
     log.info("worker has ended", reason=ends[0] if ends else "a job that could not be stopped")
     return 0 if ends else REPLACED
