@@ -13,6 +13,11 @@ from jobsys.job_types import encode
 from jobsys.running import RunningJob
 
 
+LONGEST_STACK = 30
+"""Frames kept of a traceback, the innermost."""
+_ABOVE_A_JOB = ("dramatiq/worker.py", "dramatiq/actor.py", "jobsys/broker.py", "jobsys/interrupt.py")
+
+
 class Outcome(NamedTuple):
     """How one attempt ended: the name of the statement that writes it, and that statement's parameters for this job."""
 
@@ -89,22 +94,14 @@ def _message_of(error: BaseException) -> str:
 
 
 def _traceback_of(error: BaseException) -> str:
+    """The traceback with its causes, without the frames that lead from a worker's thread to the job's function."""
     try:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [
-            frame
-            for frame in frames
-            if "/dramatiq/" not in frame.filename and not frame.filename.endswith(("jobsys/running.py", "jobsys/broker.py"))
-        ]
-        return plain_text(
-            "".join(
-                [
-                    "Traceback (most recent call last):\n",
-                    *traceback.format_list(ours[-30:]),
-                    *traceback.format_exception_only(type(error), error),
-                ]
-            )
-        )
+        told = traceback.TracebackException.from_exception(error)
+        part: traceback.TracebackException | None = told
+        while part is not None:
+            part.stack[:] = [frame for frame in part.stack if not frame.filename.endswith(_ABOVE_A_JOB)][-LONGEST_STACK:]
+            part = part.__cause__ or part.__context__
+        return plain_text("".join(told.format()))
     except Exception:
         return f"{type(error).__name__} (its traceback can't be had)"
 

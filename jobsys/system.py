@@ -301,8 +301,8 @@ class JobSystem:
             events.append(Event(record.started_at, "started", record.attempt, None, None, {"worker": record.worker}))
         if record.finished_at is not None:
             events.append(Event(record.finished_at, "finished", record.attempt, None, record.status))
-        # What ended an attempt, and the job with it, was written in one moment: the job's end comes last.
-        return sorted(events, key=lambda event: (event.at, event.kind == "finished"))
+        # A job's end is written with its last attempt's, and comes last whatever the microseconds say.
+        return sorted(events, key=lambda event: (event.kind == "finished", event.at))
 
     # The operator's verbs
 
