@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from jobsys.job_types import encode
 from jobsys.running import RunningJob
 
-
 LONGEST_STACK = 30
 """Frames kept of a traceback, the innermost."""
 _ABOVE_A_JOB = ("dramatiq/worker.py", "dramatiq/actor.py", "jobsys/broker.py", "jobsys/interrupt.py")
