@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from jobsys import db
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission
 from jobsys.ids import new_job_id
-from jobsys.job_types import JobType, Registry, encode
+from jobsys.job_types import PRIORITIES, JobType, Registry, encode
 from jobsys.middleware import stack, unreadable
 from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry
 from jobsys.presence import Presence
@@ -189,6 +189,18 @@ class JobsBroker(PostgresBroker):
         if self.presence is not None:
             self.presence.leave()
         self.database.close()
+
+    def declared_types(self) -> dict[str, list[Any]]:
+        """What every actor declares, as the parameters of the statement `declare_types`."""
+        actors = list(self.actors.values())
+        retries = [actor.options.get("max_retries", self.settings.max_retries) for actor in actors]
+        types = [self.job_types.get(actor.actor_name) for actor in actors]
+        return {
+            "name": [actor.actor_name for actor in actors],
+            "queue": [actor.queue_name for actor in actors],
+            "priority": [actor.priority if each is None else PRIORITIES[each.priority] for actor, each in zip(actors, types, strict=True)],
+            "max_attempts": [None if each is None else each + 1 for each in retries],
+        }
 
     def _declare(self, job_type: JobType) -> None:
         def perform(running: RunningJob) -> None:

@@ -239,9 +239,15 @@ def cancel(ids: tuple[str, ...]) -> int:
 @json_option
 def types(name: str | None, as_json: bool) -> int:
     """List the job types, what each needs, and an example."""
+    import dramatiq
+
     from jobsys import job_types, terminal
+    from jobsys.broker import JobsBroker
+    from jobsys.db import Database
 
     settings = _settings()
+    # Plain Dramatiq actors among the modules want a broker when they are declared. This one opens no connection.
+    dramatiq.set_broker(JobsBroker(Database(""), settings=settings))
     registry = job_types.registry.load(settings.job_modules)
     shown = [registry.find(name)] if name else list(registry.types.values())
     terminal.print_types(shown, max_retries=settings.max_retries, as_json=as_json)
@@ -255,6 +261,42 @@ def queues(as_json: bool) -> int:
     from jobsys import terminal
 
     terminal.print_queues(_system().queues(), as_json=as_json)
+    return 0
+
+
+@commands.command()
+@click.argument("queue")
+def pause(queue: str) -> int:
+    """Start no further job of QUEUE, anywhere."""
+    _system().pause(queue, by="cli")
+    return 0
+
+
+@commands.command()
+@click.argument("queue")
+def resume(queue: str) -> int:
+    """Start jobs of QUEUE again."""
+    _system().resume(queue, by="cli")
+    return 0
+
+
+@commands.command()
+@click.argument("queue")
+@click.option("--rate", help="Starts per period over all workers, evenly spaced: 1/5s, 600/minute.")
+@click.option("--max-running", type=click.IntRange(min=1), help="Jobs running at once over all workers.")
+def limit(queue: str, rate: str | None, max_running: int | None) -> int:
+    """Limit QUEUE, at once and until the next `limit`; without options take its limits away.
+
+    (The ingestion queue gets its rate from INGEST_RATE again whenever a worker starts.)
+    """
+    from jobsys.errors import SettingsError
+    from jobsys.settings import rate as parsed
+
+    try:
+        starts = None if rate is None else parsed(rate)
+    except ValueError as error:
+        raise SettingsError(f"--rate: {error}") from None
+    _system().limit(queue, rate=starts if starts and starts[0] else None, max_running=max_running)
     return 0
 
 

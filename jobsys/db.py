@@ -22,7 +22,7 @@ import psycopg2
 from psycopg2 import errors as pg_errors
 from psycopg2 import extensions
 
-from jobsys.errors import DatabaseUnavailable, SettingsError
+from jobsys.errors import DatabaseUnavailable, NotMigrated, SettingsError
 from jobsys.interrupt import undisturbed
 from jobsys.settings import Settings
 
@@ -110,7 +110,7 @@ class Database:
                     _close(connection)
                 self._turns.release()
 
-    def run(self, name: str, **parameters: Any) -> list[Row]:
+    def run(self, name: str, /, **parameters: Any) -> list[Row]:
         """Run one named statement in a transaction of its own; the rows it returns."""
         with self.connection() as connection:
             return run(connection, name, **parameters)
@@ -150,7 +150,7 @@ class Database:
         return self.connect()
 
 
-def run(connection: Any, name: str, **parameters: Any) -> list[Row]:
+def run(connection: Any, name: str, /, **parameters: Any) -> list[Row]:
     """Run one named statement on a connection, inside whatever transaction it has; the rows it returns."""
     with connection.cursor() as cursor:
         cursor.execute(STATEMENTS[name], parameters)
@@ -180,7 +180,7 @@ def translated() -> Iterator[None]:
     except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
         raise DatabaseUnavailable(_first_line(error)) from error
     except (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction) as error:
-        raise DatabaseUnavailable("the database has no tables of jobsys, or older ones: run `jobsys migrate`") from error
+        raise NotMigrated from error
 
 
 def url_of(settings: Settings) -> str:

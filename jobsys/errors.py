@@ -8,6 +8,7 @@
     ├── JobNotFound             no job has this id
     ├── WrongState              the job's status forbids what was asked (`status` names it)
     └── DatabaseUnavailable     PostgreSQL can't be reached, or did not answer in time
+        └── NotMigrated         it answers, and has no tables of jobsys, or older ones
 
 Two more belong to job functions and are not JobsysErrors:
 
@@ -73,6 +74,13 @@ class WrongState(JobsysError):
 
 class DatabaseUnavailable(JobsysError):
     """PostgreSQL can't be reached or did not answer in time. Whoever asked may try again."""
+
+
+class NotMigrated(DatabaseUnavailable):
+    """The database answers, and has no tables of jobsys, or older ones; the text says what to do."""
+
+    def __init__(self) -> None:
+        super().__init__("the database has no tables of jobsys, or older ones: run `jobsys migrate`")
 
 
 class GiveUp(Exception):

@@ -87,6 +87,7 @@ class Heart(threading.Thread):
                 presence.come_back()
             if self._registered != presence.id:
                 db.run(self._connection, "register_worker", **presence.row())
+                db.run(self._connection, "declare_types", **presence.broker.declared_types())
                 self._registered = presence.id
         self._beat_at = time.monotonic() + presence.settings.worker_heartbeat
         self.first_beat.set()

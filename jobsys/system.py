@@ -55,6 +55,11 @@ class JobRecord:
     replayed: bool = False
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The payload as people see it: with the positional arguments of a plain Dramatiq actor as `args`."""
+        return {"args": self.options["args"], **self.payload} if "args" in self.options else self.payload
+
+    @property
     def finished(self) -> bool:
         """Whether the job has ended."""
         return self.status in FINISHED
@@ -301,8 +306,8 @@ class JobSystem:
             events.append(Event(record.started_at, "started", record.attempt, None, None, {"worker": record.worker}))
         if record.finished_at is not None:
             events.append(Event(record.finished_at, "finished", record.attempt, None, record.status))
-        # A job's end is written with its last attempt's, and comes last whatever the microseconds say.
-        return sorted(events, key=lambda event: (event.kind == "finished", event.at))
+        # A job's end is written in the same moment as what led to it, and comes after that.
+        return sorted(events, key=lambda event: (event.at, event.kind == "finished"))
 
     # The operator's verbs
 

@@ -131,7 +131,7 @@ def print_job(job: JobRecord, events: Sequence[Event], failures: Sequence[Failur
     for name, value in facts.items():
         if value:
             click.echo(f"  {name:<9} {printable(value)}")
-    _print_block("payload", _pretty(job.payload))
+    _print_block("payload", _pretty(job.arguments))
     if job.status == "COMPLETED":
         _print_block("result", _pretty(job.result))
     if job.error:

@@ -34,6 +34,8 @@ log = logs.get("jobsys.worker")
 def main(settings: Settings) -> int:
     """Run the workers until SIGTERM or SIGINT; a second one hurries. 0 when everything ended in good order."""
     logs.configure(settings, process="worker")
+    # What is wrong with the settings or the modules of job types is said here, once, and not by every process.
+    JobSystem(settings).close()
     return Supervisor(settings).run()
 
 

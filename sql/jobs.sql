@@ -62,36 +62,42 @@ select target.status, changed.id is not null, case when changed.status = 'PROCES
 from target left join changed using (id);
 
 -- name: requeue
--- The operator's retry: attempts start again at 0, history is kept, and the claim number goes on.
+-- The operator's retry: attempts start again at 0, history is kept (the end it had becomes an event), and the claim number goes on.
 with target as (
-    select id, status from jobs where id = %(id)s for update
+    select id, status, attempt, finished_at from jobs where id = %(id)s for update
 ), changed as (
     update jobs
     set status = 'PENDING', attempt = 0, crashes = 0, run_at = clock_timestamp(), started_at = null, finished_at = null,
         worker = null, result = null, progress = null, stop_requested = null, options = options - 'retries'
     from target
     where jobs.id = target.id and jobs.status in ('FAILED', 'DEAD', 'CANCELLED')
-    returning jobs.id, jobs.queue, jobs.type
+    returning jobs.id, jobs.queue, jobs.type, target.status as ended, target.attempt, target.finished_at
 ), counted as (
     insert into tally_log (queue, type, status, entered, departed)
     select queue, type, 'RETRIED', 1, 0 from changed
 ), noted as (
-    insert into events (job_id, kind, by) select id, 'retried', %(by)s from changed
+    insert into events (job_id, at, kind, attempt, by, message)
+    select id, finished_at, 'finished', attempt, null, ended from changed
+    union all
+    select id, clock_timestamp(), 'retried', null, %(by)s, null from changed
 )
 select target.status, changed.id is not null from target left join changed using (id);
 
 -- name: bury_job
--- The operator's dead letter.
+-- The operator's dead letter. The end a failed job had becomes an event.
 with target as (
-    select id, status from jobs where id = %(id)s for update
+    select id, status, finished_at from jobs where id = %(id)s for update
 ), changed as (
     update jobs
     set status = 'DEAD', finished_at = clock_timestamp()
     from target
     where jobs.id = target.id and jobs.status in ('FAILED', 'SCHEDULED', 'PENDING')
-    returning jobs.id, jobs.attempt
+    returning jobs.id, jobs.attempt, target.status as ended, target.finished_at as ended_at, jobs.finished_at
 ), noted as (
-    insert into events (job_id, kind, attempt, by) select id, 'buried', attempt, %(by)s from changed
+    insert into events (job_id, at, kind, attempt, by, message)
+    select id, ended_at, 'finished', attempt, null, ended from changed where ended_at is not null
+    union all
+    select id, finished_at, 'buried', attempt, %(by)s, null from changed
 )
 select target.status, changed.id is not null from target left join changed using (id);
 

@@ -172,10 +172,10 @@ with failed as (
         error = jsonb_build_object('type', failed.type, 'message', failed.message, 'attempt', attempt, 'at', clock_timestamp())
     from failed
     where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status = 'PROCESSING'
-    returning jobs.id, failed.claim, attempt, started_at, worker, failed.type, failed.message, failed.traceback, failed.fingerprint
+    returning jobs.id, failed.claim, attempt, started_at, finished_at, worker, failed.type, failed.message, failed.traceback, failed.fingerprint
 ), kept as (
-    insert into failures (job_id, claim, attempt, started_at, worker, type, message, traceback, fingerprint)
-    select id, claim, attempt, started_at, worker, type, message, traceback, fingerprint from changed
+    insert into failures (job_id, claim, attempt, started_at, at, worker, type, message, traceback, fingerprint)
+    select id, claim, attempt, started_at, finished_at, worker, type, message, traceback, fingerprint from changed
 )
 select id::text from changed;
 
@@ -253,6 +253,16 @@ values (
     %(heartbeat)s * interval '1 second', %(lost_after)s * interval '1 second',
     pg_backend_pid(), (select backend_start from pg_stat_get_activity(pg_backend_pid()))
 );
+
+-- name: declare_types
+insert into job_types (name, queue, priority, max_attempts)
+select * from unnest(%(name)s::text[], %(queue)s::text[], %(priority)s::smallint[], %(max_attempts)s::integer[])
+    as declared(name, queue, priority, max_attempts)
+order by name
+on conflict (name) do update
+set queue = excluded.queue, priority = excluded.priority, max_attempts = excluded.max_attempts
+where (job_types.queue, job_types.priority, job_types.max_attempts)
+    is distinct from (excluded.queue, excluded.priority, excluded.max_attempts);
 
 -- name: beat
 -- "I live, and this is my session." No row: this worker was declared lost, its jobs are no longer its own.

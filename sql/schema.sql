@@ -31,15 +31,15 @@ $$;
 create table jobs (
     id              uuid        primary key default new_job_id(),
     type            text        not null,
-    queue           text        not null default 'default',
-    priority        smallint    not null default 0,                     -- lower first: high -10, default 0, low 10
+    queue           text        not null default null,                  -- left out: the type's, see fill_in_job
+    priority        smallint    not null default null,                  -- lower first: high -10, default 0, low 10
     payload         jsonb       not null default '{}',
     options         jsonb       not null default '{}',                  -- Dramatiq's, for its middleware
     status          text        not null default 'PENDING',
     attempt         integer     not null default 0,                     -- how often it was started, as people count
     claim           integer     not null default 0,                     -- how often it was claimed, ever: the fence
     crashes         smallint    not null default 0,                     -- how often its worker died under it
-    max_attempts    integer     default 4,                              -- null: without end
+    max_attempts    integer     default 0,                              -- null: without end
     run_at          timestamptz not null default clock_timestamp(),     -- not before
     created_at      timestamptz not null default clock_timestamp(),
     started_at      timestamptz,
@@ -82,6 +82,14 @@ create index jobs_grouped on jobs (group_id, id) where group_id is not null;
 create unique index jobs_idempotent on jobs (idempotency_key) where idempotency_key is not null;
 -- What is to be removed once it has stopped?
 create index jobs_to_remove on jobs (id) where stop_requested = 'remove';
+
+-- What workers say of the job types they know, for whoever inserts a job in SQL.
+create table job_types (
+    name         text     primary key,
+    queue        text     not null,
+    priority     smallint not null,
+    max_attempts integer
+);
 
 create table failures (
     job_id      uuid        not null references jobs on delete cascade,
@@ -159,6 +167,24 @@ language sql volatile set search_path from current as $$
     where exists (select from workers where ready.queue = any(workers.asleep))
 $$;
 
+-- A plain `insert into jobs (type, payload)` gets what its type declares, once a worker has said so; and a run_at to come makes it SCHEDULED.
+create function fill_in_job() returns trigger
+language plpgsql set search_path from current as $$
+declare
+    declared record;
+begin
+    select queue, priority, max_attempts into declared from job_types where name = new.type;
+    new.queue := coalesce(new.queue, declared.queue, 'default');
+    new.priority := coalesce(new.priority, declared.priority, 0);
+    if new.max_attempts = 0 then
+        new.max_attempts := case when declared.queue is null then 4 else declared.max_attempts end;
+    end if;
+    if new.status = 'PENDING' and new.run_at > clock_timestamp() then
+        new.status := 'SCHEDULED';
+    end if;
+    return new;
+end $$;
+
 create function after_jobs_insert() returns trigger
 language plpgsql set search_path from current as $$
 begin
@@ -197,6 +223,13 @@ begin
     return null;
 end $$;
 
+create trigger jobs_filled_in before insert on jobs
+    for each row
+    when (
+        new.queue is null or new.priority is null or new.max_attempts = 0
+        or new.status = 'PENDING' and new.run_at > clock_timestamp()
+    )
+    execute function fill_in_job();
 create trigger jobs_inserted after insert on jobs
     referencing new table as added for each statement execute function after_jobs_insert();
 create trigger jobs_updated after update on jobs

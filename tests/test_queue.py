@@ -265,6 +265,41 @@ def test_a_plain_insert_in_sql_is_a_job_like_any_other(system: JobSystem, worker
     assert worker.claim()[0][0] == id
 
 
+def test_an_insert_in_sql_gets_what_its_type_declares(system: JobSystem, database_url: str) -> None:
+    system.database.run("declare_types", name=["RARE"], queue=["slow"], priority=[10], max_attempts=[1])
+    insert = "insert into jobs (type, run_at) values (%s, now() + %s * interval '1 hour') returning queue, priority, max_attempts, status"
+    assert execute(database_url, insert, "RARE", 0) == [("slow", 10, 1, "PENDING")]
+    assert execute(database_url, insert, "RARE", 1) == [("slow", 10, 1, "SCHEDULED")]
+    assert execute(database_url, insert, "NOBODY_KNOWS", 0) == [("default", 0, 4, "PENDING")]
+    explicit = (
+        "insert into jobs (type, queue, priority, max_attempts) values ('RARE', 'default', 0, null) returning queue, priority, max_attempts"
+    )
+    assert execute(database_url, explicit) == [("default", 0, None)]
+
+
+def test_the_timeline_keeps_what_operators_did_and_every_end_there_was(system: JobSystem, worker: Worker) -> None:
+    job = system.submit("TEST_JOB")
+    [mine] = worker.claim()
+    failure = {"options": ["{}"], "type": ["E"], "message": ["m"], "traceback": ["t"], "fingerprint": ["f"]}
+    system.database.run("bury", id=[mine[0]], claim=[mine[1]], status=["FAILED"], **failure)
+    assert [event.kind for event in system.events(job.id)] == ["created", "started", "failed", "finished"]
+    system.bury(job.id, by="me")
+    system.retry(job.id, by="you")
+    worker.finish(*worker.claim())
+    told = [(event.kind, event.by or event.message) for event in system.events(job.id)]
+    assert told == [
+        ("created", None),
+        ("started", None),
+        ("failed", "m"),
+        ("finished", "FAILED"),
+        ("buried", "me"),
+        ("finished", "DEAD"),
+        ("retried", "you"),
+        ("started", None),
+        ("finished", "COMPLETED"),
+    ]
+
+
 def test_a_job_submitted_on_your_connection_is_part_of_your_transaction(system: JobSystem, database_url: str) -> None:
     with psycopg2.connect(database_url) as connection:
         rolled_back = system.submit("TEST_JOB", connection=connection)

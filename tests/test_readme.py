@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import readme_settings
-from conftest import CHECKOUT, Running, environment, execute
+from conftest import CHECKOUT, Launcher, Running, environment, execute
 
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
@@ -83,3 +83,48 @@ def test_the_example_of_a_job_type_is_held_to_the_contract_of_all(my_jobs: Path,
     run = subprocess.run(command, cwd=my_jobs, env=env, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout
     assert re.search(r"[4-9] passed", run.stdout), run.stdout
+
+
+def test_the_example_of_a_plain_actor_runs_as_it_says(
+    tmp_path: Path, launcher: Launcher, settings: Settings, start_worker: Callable[..., Running]
+) -> None:
+    actor = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "@dramatiq.actor" in block)
+    (tmp_path / "sums.py").write_text(actor)
+    start_worker(JOB_MODULES="sums")
+    env = environment(settings)
+    program = "import sums; print(sums.add.send(1, 2).get_result(block=True, timeout=20_000))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=40)
+    assert done.stdout == "3\n", done.stderr
+    listed = subprocess.run(
+        [sys.executable, "-m", "jobsys", "types"], cwd=tmp_path, env=env | {"JOB_MODULES": "sums"}, capture_output=True, text=True
+    )
+    assert listed.returncode == 0, listed.stderr
+
+
+def test_the_example_of_a_program_runs_as_it_says(
+    my_jobs: Path, settings: Settings, start_worker: Callable[..., Running], database_url: str
+) -> None:
+    program = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "system.wait" in block)
+    (my_jobs / "LICENSE").write_text("free\n")
+    start_worker(JOB_MODULES="my_jobs")
+    command = [sys.executable, "-c", program.replace("delay=60", "delay=0.2")]
+    done = subprocess.run(
+        command, cwd=my_jobs, env=environment(settings, JOB_MODULES="my_jobs"), capture_output=True, text=True, timeout=60
+    )
+    assert "5891b5b5" in done.stdout, done.stderr
+    assert execute(database_url, "select count(*) from jobs where type = 'CHECKSUM'") == [(2,)]
+
+
+def test_every_endpoint_it_lists_is_there(system: JobSystem, settings: Settings) -> None:
+    from webtest import TestApp
+
+    from jobsys.app import create_app
+
+    app = TestApp(create_app(settings, system))
+    table = README.split("## The endpoints")[1].split("##")[0]
+    paths = re.findall(r"`(GET|POST|DELETE) (/[^`]*)`", table)
+    assert len(paths) >= 14
+    for method, path in paths:
+        answer = app.request(re.sub(r"{.*?}", "0", path), method=method, status="*", headers={"Host": "localhost"})
+        assert answer.status_int not in (405, 500), f"{method} {path}"
+        assert "nothing at this path" not in answer.text, f"{method} {path}"

@@ -8,7 +8,7 @@ from typing import Any
 import falcon
 
 from jobsys import logs
-from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, WrongState
+from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, NotMigrated, WrongState
 
 log = logs.get(__name__)
 
@@ -65,7 +65,8 @@ def _invalid(_req: falcon.Request, _resp: falcon.Response, error: InvalidSubmiss
 
 def _unavailable(_req: falcon.Request, _resp: falcon.Response, error: DatabaseUnavailable, _params: dict[str, Any]) -> None:
     log.warning("database unavailable", error=str(error))
-    raise Problem(503, "the database is away; nothing was changed, try again soon", headers={"Retry-After": str(RETRY_AFTER)})
+    away = "the database is away, or did not answer in time; try again soon, with an Idempotency-Key where a job may not be made twice"
+    raise Problem(503, str(error) if isinstance(error, NotMigrated) else away, headers={"Retry-After": str(RETRY_AFTER)})
 
 
 def _unforeseen(req: falcon.Request, _resp: falcon.Response, error: Exception, _params: dict[str, Any]) -> None:

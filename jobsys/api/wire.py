@@ -27,7 +27,7 @@ def job(record: JobRecord) -> dict[str, Any]:
         "type": record.type,
         "queue": record.queue,
         "priority": priority_name(record.priority),
-        "payload": record.payload,
+        "payload": record.arguments,
         "status": record.status,
         "attempts": record.attempt,
         "maxAttempts": record.max_attempts,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import smtplib
+import socket
 import ssl
 import threading
 import time
@@ -217,10 +218,13 @@ def _take_kept() -> _Connection | None:
 def _connect() -> _Connection:
     chosen = settings()
     host, port = chosen.smtp_host or "127.0.0.1", chosen.smtp_port
-    if chosen.smtp_tls == "tls":
-        connection: _Connection = _TlsConnection(host, port, timeout=CONNECT_TIMEOUT, context=ssl.create_default_context())
-    else:
-        connection = _Connection(host, port, timeout=CONNECT_TIMEOUT)
+    try:
+        if chosen.smtp_tls == "tls":
+            connection: _Connection = _TlsConnection(host, port, timeout=CONNECT_TIMEOUT, context=ssl.create_default_context())
+        else:
+            connection = _Connection(host, port, timeout=CONNECT_TIMEOUT)
+    except (ConnectionRefusedError, TimeoutError, socket.gaierror) as error:
+        raise type(error)(f"the mail server {host}:{port} (SMTP_HOST, SMTP_PORT) can't be reached: {error}") from error
     try:
         if chosen.smtp_tls == "starttls":
             connection.starttls(context=ssl.create_default_context())
