@@ -184,7 +184,7 @@ class Claims:
                 room = self._wait_for_room(deadline)
                 if room == 0 or self.closed:
                     return []
-                rows, pause = self._claim(queue_name, room)
+                rows, pause = self._claim(queue_name, room, deadline)
                 jobs = [self._make(row) for row in sorted(rows, key=_order)]
                 self.work.expected.update(jobs)
             if jobs:
@@ -207,6 +207,14 @@ class Claims:
             self.work.room.wait(left)
         return 0
 
+    def _wait_for_free_thread(self, deadline: float) -> int:
+        while not self.closed and time.monotonic() < deadline:
+            self.work.room.clear()
+            if self.work.idle_threads > 0 and not self.work.expected:
+                return self.work.idle_threads
+            self.work.room.wait(max(0.0, deadline - time.monotonic()))
+        return 0
+
     def _room(self) -> int:
         ahead = int(self._pace() * AHEAD)
         unstarted = len(self.work.expected)
@@ -226,12 +234,11 @@ class Claims:
         then, before = samples[0]
         return (finished - before) / max(now - then, AHEAD)
 
-    def _claim(self, queue_name: str, room: int) -> tuple[list[db.Row], float | None]:
+    def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[db.Row], float | None]:
         if time.monotonic() - self._limits_read_at > self._poll_interval:
             self._limited = {name for (name,) in self._database.run("limited_queues")}
             self._limits_read_at = time.monotonic()
-        rows, pause = self._claim_limited(queue_name, room) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
-        return rows, pause
+        return self._claim_limited(queue_name, deadline) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
 
     def _claim_freely(self, queue_name: str, room: int) -> list[db.Row]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), and whenever
@@ -271,11 +278,16 @@ class Claims:
             self._priorities[queue_name] = (now, priorities)
         return priorities
 
-    def _claim_limited(self, queue_name: str, room: int) -> tuple[list[db.Row], float | None]:
-        """Claim what the queue's limits allow, and only into free threads; else how long to wait for the next allowed start."""
-        room = min(room, self.work.idle_threads)
+    def _claim_limited(self, queue_name: str, deadline: float) -> tuple[list[db.Row], float | None]:
+        """Claim what the queue's limits allow, and only into free threads: what is claimed starts now, so the pace of the claims is the
+        pace of the starts. When a start is allowed and no thread is free, it waits for one, with the turn in its hands: else the other
+        queues' jobs would take every thread that comes free. Also says how long to wait for the next allowed start."""
+        gate = self._database.run("look_at_gate", queue=queue_name, types=self._types())
+        if not gate or gate[0][0] > 0:
+            return [], gate[0][0] if gate else None
+        room = self._wait_for_free_thread(deadline)
         if room <= 0:
-            return [], AHEAD
+            return [], 0.001
         with self._database.transaction() as connection:
             limits = db.run(connection, "open_gate", queue=queue_name)
             if limits:

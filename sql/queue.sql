@@ -63,6 +63,18 @@ where id = any(array(
 returning id::text, type, queue, priority, payload::text, options::text, attempt, claim, max_attempts, run_at,
     (extract(epoch from created_at) * 1000)::bigint;
 
+-- name: look_at_gate
+-- Before waiting for a free thread: is there a job for it, and may one start? No row while the queue is paused or empty; else the
+-- seconds until the next start is allowed, or until it is worth looking again whether the queue is still full.
+select greatest(
+    extract(epoch from next_start_at - clock_timestamp()),
+    case when max_running <= (select count(*) from jobs where status = 'PROCESSING' and queue = %(queue)s) then 0.1 else 0 end
+)::float8
+from queues
+where name = %(queue)s
+    and not paused
+    and exists (select from jobs where status = 'PENDING' and queue = %(queue)s and type = any(%(types)s));
+
 -- name: open_gate
 -- The limits of one queue, locked until the claim that spends them commits. Room is what max_running leaves; the count is taken by
 -- the next statement, whose snapshot is newer than this lock.

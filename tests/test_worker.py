@@ -332,6 +332,17 @@ def test_a_paced_queue_keeps_its_pace_over_all_processes_most_urgent_first(syste
     assert min(gaps) >= 0.7
 
 
+def test_a_paced_queue_keeps_its_pace_beside_a_backlog_of_another(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 0.02}) for _ in range(2000))
+    group = new_job_id()
+    system.submit_many(Submission("INGEST_BATCH", {"ids": [n]}, group_id=group) for n in range(1, 7))
+    start_worker(WORKER_THREADS=4, INGEST_RATE="1/500ms")
+    eventually(lambda: all(job.finished for job in system.group(group)), 20)
+    assert system.counts()["PENDING"] > 0, "the backlog was there all the time"
+    starts = sorted(job.started_at for job in system.group(group) if job.started_at)
+    assert min((later - earlier).total_seconds() for earlier, later in itertools.pairwise(starts)) >= 0.5
+
+
 def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
     system.limit("default", max_running=2)
     start_worker(WORKER_PROCESSES=2)
