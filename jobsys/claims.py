@@ -290,19 +290,20 @@ class Claims:
             return [], 0.001
         with self._database.transaction() as connection:
             limits = db.run(connection, "open_gate", queue=queue_name)
-            if limits:
-                paused, max_running, paced, next_start_in = limits[0]
-                if paused:
-                    return [], None
-                if paced and next_start_in > 0:
-                    return [], next_start_in
-                if max_running is not None:
-                    room = min(room, max_running - db.run(connection, "count_running", queue=queue_name)[0][0])
-                room = min(room, 1) if paced else room
-                if room <= 0:
-                    return [], AHEAD
+            if not limits:
+                return [], AHEAD
+            paused, max_running, paced, next_start_in = limits[0]
+            if paused:
+                return [], None
+            if paced and next_start_in > 0:
+                return [], next_start_in
+            if max_running is not None:
+                room = min(room, max_running - db.run(connection, "count_running", queue=queue_name)[0][0])
+            room = min(room, 1) if paced else room
+            if room <= 0:
+                return [], AHEAD
             rows = db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=self._types(), n=room)
-            if rows and limits and paced:
+            if rows and paced:
                 db.run(connection, "spend_start", queue=queue_name)
         return rows, None
 

@@ -33,7 +33,7 @@ SQL = next(place for place in (Path(__file__).parent / "sql", Path(__file__).par
 
 LONGEST_TRANSACTION = 60.0
 """Seconds after which a transaction of several statements is cut, where connections are watched at all."""
-_NEVER_WORTH_REPEATING = (pg_errors.StatementTooComplex, pg_errors.ProgramLimitExceeded)
+NEVER_WORTH_REPEATING = (pg_errors.StatementTooComplex, pg_errors.ProgramLimitExceeded)
 
 
 def load_statements(*files: str) -> dict[str, str]:
@@ -175,9 +175,9 @@ def translated() -> Iterator[None]:
     InterfaceError, too."""
     try:
         yield
-    except _NEVER_WORTH_REPEATING:
+    except NEVER_WORTH_REPEATING:
         raise
-    except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+    except (psycopg2.OperationalError, psycopg2.InterfaceError, pg_errors.ReadOnlySqlTransaction) as error:
         raise DatabaseUnavailable(_first_line(error)) from error
     except (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction) as error:
         raise NotMigrated from error

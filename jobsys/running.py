@@ -15,6 +15,7 @@ from jobsys.errors import JobStopped
 from jobsys.interrupt import Interruptible
 from jobsys.job_types import Job, JobType
 
+MOST_LINES = 10_000
 _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 
 
@@ -28,6 +29,7 @@ class RunningJob(MessageProxy):
     retry_delay: float | None = None
     result = "null"
     outcome: str | None = None
+    settled = False
     deadline: float | None = None
     stop_asked_at: float | None = None
     _exception: BaseException | None = None
@@ -122,10 +124,15 @@ class LiveJob(Job):
         self.type = running.actor_name
         self.attempt = running.attempt
         self.unreported: list[tuple[float, str, str]] = []
+        self._logged = 0
 
     def log(self, line: str) -> None:
         """Add a line to the job's timeline."""
-        self.unreported.append((time.time(), "log", str(line)))
+        self._logged += 1
+        if self._logged < MOST_LINES:
+            self.unreported.append((time.time(), "log", str(line)))
+        elif self._logged == MOST_LINES:
+            self.unreported.append((time.time(), "log", f"no more than {MOST_LINES:,} lines of an attempt are kept"))
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Say how far the job is: `fraction` from 0 to 1, and a few words. Raises ValueError outside that range."""

@@ -20,6 +20,8 @@ from jobsys.outcomes import Outcome, unstorable
 from jobsys.running import RunningJob
 
 LARGEST_GROUP = 500
+UNSTORABLE = (psycopg2.DataError, psycopg2.IntegrityError, *db.NEVER_WORTH_REPEATING, ValueError, TypeError)
+"""What says that one outcome is at fault, and not the database."""
 log = logs.get(__name__)
 
 
@@ -80,9 +82,12 @@ class Settlements:
                 group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_GROUP))]
             try:
                 self._write_group(group)
-            except DatabaseUnavailable as error:
+            except Exception as error:
+                # Whatever it was: what is not written stays, and is tried again.
                 with self._lock:
-                    self._waiting.extendleft(reversed(group))
+                    self._waiting.extendleft(outcome for outcome in reversed(group) if not outcome.job.settled)
+                if not isinstance(error, DatabaseUnavailable):
+                    log.exception("outcomes could not be written; they are tried again", outcomes=len(self._waiting))
                 raise ConnectionError(str(error)) from error
             finally:
                 self._writing = False
@@ -90,7 +95,7 @@ class Settlements:
     def _write_group(self, group: list[Outcome]) -> None:
         try:
             self._write_together(group)
-        except psycopg2.Error as error:
+        except UNSTORABLE as error:
             if len(group) > 1:
                 # One of them can't be stored. The others can.
                 for outcome in group:
@@ -111,19 +116,22 @@ class Settlements:
             if followups:
                 insert(connection, followups)
         for outcome in group:
+            outcome.job.settled = True
             if outcome.job.message_id in written:
                 self._written(outcome.job)
             else:
                 self._lost(outcome.job)
 
-    def _write_as_failure(self, outcome: Outcome, error: psycopg2.Error) -> None:
+    def _write_as_failure(self, outcome: Outcome, error: Exception) -> None:
         """The outcome itself can't be stored (a result jsonb refuses, a value out of range): that is the failure to keep."""
         log.error("outcome can't be stored", job_id=outcome.job.message_id, error=str(error))
         outcome.job.followups = []
         try:
             self._write_together([unstorable(outcome.job, error)])
-        except psycopg2.Error:
+        except UNSTORABLE:
             log.exception("neither the outcome nor its failure can be stored", job_id=outcome.job.message_id)
+            outcome.job.settled = True
+            self._lost(outcome.job)
 
 
 def _columns(outcomes: list[Outcome]) -> dict[str, list[Any]]:

@@ -76,8 +76,8 @@ where name = %(queue)s
     and exists (select from jobs where status = 'PENDING' and queue = %(queue)s and type = any(%(types)s));
 
 -- name: open_gate
--- The limits of one queue, locked until the claim that spends them commits. Room is what max_running leaves; the count is taken by
--- the next statement, whose snapshot is newer than this lock.
+-- The limits of one queue, locked until the claim that spends them commits; no row when somebody else holds the lock. Room is what
+-- max_running leaves; the count is taken by the next statement, whose snapshot is newer than this lock.
 select
     paused,
     max_running,
@@ -85,7 +85,7 @@ select
     greatest(extract(epoch from next_start_at - clock_timestamp()), 0)::float8
 from queues
 where name = %(queue)s
-for update;
+for update skip locked;
 
 -- name: count_running
 select count(*) from jobs where status = 'PROCESSING' and queue = %(queue)s;

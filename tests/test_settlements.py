@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import pytest
 from conftest import execute
@@ -116,3 +117,31 @@ def test_text_that_postgresql_cannot_hold_is_made_such_that_it_can() -> None:
     assert plain_text("a\x00b") == "a\ufffdb"
     assert "\ud800" not in plain_text("a\ud800b")
     assert len(plain_text("x" * 1_000_000, 1000)) < 1100
+
+
+def test_outcomes_wait_while_the_database_takes_no_writes(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], server: str, database_url: str
+) -> None:
+    job = running()
+    name = urlsplit(database_url).path.lstrip("/")
+    execute(server, f'alter database "{name}" set default_transaction_read_only = on')
+    system.database.close()
+    with pytest.raises(ConnectionError):
+        settlements.add(finish(job))
+    assert len(settlements) == 1
+    execute(server, f'alter database "{name}" reset default_transaction_read_only')
+    system.database.close()
+    settlements.write()
+    assert system.job(job.message_id).status == "COMPLETED"
+
+
+def test_whatever_goes_wrong_while_writing_no_outcome_is_dropped(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], database_url: str
+) -> None:
+    job = running()
+    execute(database_url, "alter table jobs rename column result to outcome")
+    with pytest.raises(ConnectionError):
+        settlements.add(finish(job))
+    execute(database_url, "alter table jobs rename column outcome to result")
+    settlements.write()
+    assert system.job(job.message_id).status == "COMPLETED"
