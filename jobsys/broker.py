@@ -352,6 +352,10 @@ class Attendance(Middleware):
         if broker.presence is not None and not broker.presence.begin(message):
             message.stopped = "lost"
             raise SkipMessage("the job was lost while it waited in memory")
+        if not message.readable:
+            message.dead = True
+            message.fail()
+            raise SkipMessage("the job's options can't be read")
 
     def after_ack(self, broker: JobsBroker, message: RunningJob) -> None:
         broker.running = None

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import psycopg2
 from dramatiq.errors import ConnectionError
 
 from jobsys import db, logs
@@ -34,6 +33,7 @@ class Chores(threading.Thread):
         self._database = db.Database(presence.broker.database.url, size=1, wait=30, name="jobsys chores")
         self._stopped = threading.Event()
         self._pruned_to = FIRST_ID
+        self._distrust_silence()
         poll = self._settings.poll_interval
         self._chores: list[tuple[Callable[[], float | None], float]] = [
             (self.promote, min(0.2, poll)),
@@ -87,7 +87,7 @@ class Chores(threading.Thread):
 
     def rescue(self) -> None:
         """Give the jobs of lost workers back to the queue."""
-        for (worker,) in self._database.run("lost_workers"):
+        for (worker,) in self._database.run("lost_workers", silence_counts=time.monotonic() >= self._silence_counts_from):
             if worker != self._presence.id:
                 self._rescue_jobs_of(worker, "its worker died or was cut off")
 
@@ -131,12 +131,17 @@ class Chores(threading.Thread):
                 "rescued the jobs of a lost worker", worker=worker, jobs=len(rescued), dead=sum(status == "DEAD" for _, status in rescued)
             )
 
+    def _distrust_silence(self) -> None:
+        """The others' hearts may have had no database, as this process: give them two beats to be heard again."""
+        self._silence_counts_from = time.monotonic() + 2 * self._settings.worker_heartbeat
+
     def _attempt(self, chore: Callable[[], float | None]) -> float | None:
         try:
             return chore()
         except DatabaseUnavailable as error:
+            self._distrust_silence()
             log.warning("chore put off, the database is away", chore=chore.__name__, error=str(error))
             self._stopped.wait(1)
-        except psycopg2.Error:
+        except Exception:
             log.exception("chore failed", chore=chore.__name__)
         return None

@@ -123,6 +123,7 @@ class Database:
 
     def close(self) -> None:
         """Close the idle connections. Those in use are closed by whoever holds them."""
+        self._watch = None
         while self._idle:
             _close(self._idle.pop())
 
@@ -133,7 +134,7 @@ class Database:
 
     def _cut_the_unanswered(self) -> None:
         """libpq waits for an answer without end; what ends the wait is the end of the socket."""
-        while True:
+        while self._watch is threading.current_thread():
             time.sleep(0.25)
             now = time.monotonic()
             for connection, deadline in list(self._in_use.items()):

@@ -53,12 +53,13 @@ class Heart(threading.Thread):
                 self._beat()
                 self._hear()
                 self._ask_for_stops()
+                self._enforce_stops()
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 self._reconnect(error)
+                self._enforce_stops()
             except Exception:
                 log.exception("the heart stumbled")
                 self._stopped.wait(1)
-            self._enforce_stops()
 
     def stop(self) -> None:
         """Beat no more, and end the session."""
@@ -83,12 +84,13 @@ class Heart(threading.Thread):
         if time.monotonic() < self._beat_at:
             return
         with db.translated():
-            if self._registered == presence.id and not db.run(self._connection, "beat", id=presence.id):
-                presence.come_back()
-            if self._registered != presence.id:
+            # Beat first, also when this process believes that it is not registered: the answer may have been lost.
+            if not db.run(self._connection, "beat", id=presence.id):
+                if self._registered == presence.id:
+                    presence.come_back()
                 db.run(self._connection, "register_worker", **presence.row())
                 db.run(self._connection, "declare_types", **presence.broker.declared_types())
-                self._registered = presence.id
+            self._registered = presence.id
         self._beat_at = time.monotonic() + presence.settings.worker_heartbeat
         self.first_beat.set()
 
@@ -96,7 +98,10 @@ class Heart(threading.Thread):
         """Wait for a notification: until the next beat, or only for a tick while jobs run whose time may end."""
         wait = max(0.0, min(self._beat_at - time.monotonic(), TICK if self._presence.running else 1.0))
         with db.translated():
-            if self._connection in select.select([self._connection, self._woken], [], [], wait)[0]:
+            listening = select.poll()
+            for descriptor in (self._connection.fileno(), self._woken):
+                listening.register(descriptor, select.POLLIN)
+            if any(descriptor != self._woken for descriptor, _ in listening.poll(wait * 1000)):
                 self._connection.poll()
                 while self._connection.notifies:
                     queue_name = self._connection.notifies.pop(0).payload
@@ -123,7 +128,9 @@ class Heart(threading.Thread):
             asked_at = job.stop_asked_at
             if asked_at is None or job.job.stop_reason == "shutdown" or job.outcome is not None:
                 continue
-            if now > asked_at + COOPERATION + STUBBORNNESS and not job.attempt_call.over:
+            # A job that was lost is fenced off, and not worth the process.
+            stubborn = now > asked_at + COOPERATION + STUBBORNNESS and job.job.stop_reason != "lost"
+            if stubborn and not job.attempt_call.over:
                 self._presence.write_off(job, _ending(job))
             elif now > asked_at + COOPERATION:
                 job.attempt_call.throw()

@@ -76,10 +76,10 @@ class Interruptible:
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
         thrown_before = self._thrown
-        self._leave()
-        if self._thrown and not thrown_before:
-            raise self._exception
         try:
+            self._leave()
+            if self._thrown and not thrown_before:
+                raise self._exception
             yield
         finally:
             self._inside = True

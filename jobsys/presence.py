@@ -187,10 +187,11 @@ class Presence:
             deadline = time.monotonic() + LAST_WORDS
             while self.unfinished and time.monotonic() < deadline:
                 time.sleep(0.01)
-            for job in self.unfinished:
-                self._settle_if_possible(job, release(job))
         self._chores.stop()
         self._heart.stop()
+        # Last, because somebody else may start them at once, and this process must be all but gone then.
+        for job in self.unfinished:
+            self._settle_if_possible(job, release(job))
         try:
             self.settlements.write()
             self._database.run("unregister_worker", id=self.id)

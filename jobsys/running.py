@@ -23,6 +23,7 @@ class RunningJob(MessageProxy):
     """One attempt at one job. Ordered as the queue is: priority, then due time, then arrival."""
 
     # What most attempts never change stands here: it is made some ten thousand times a second.
+    readable = True
     failed = False
     dead = False
     stopped: str | None = None
@@ -51,12 +52,22 @@ class RunningJob(MessageProxy):
         self.worker = worker
         self.claimed_at = time.monotonic()
         self.job_type = job_type
-        self.options: dict[str, Any] = {} if options == "{}" else json.loads(options)
+        self.options: dict[str, Any] = {} if options == "{}" else self._read(options)
         self.options["max_retries"] = None if self.max_attempts is None else self.max_attempts - 1
         self.order: tuple[int, datetime, str] = (self.priority, self.run_at, self.message_id)
         self.followups: list[Any] = []
         self.job = LiveJob(self)
         self.attempt_call = Interruptible(JobStopped)
+
+    def _read(self, options: str) -> dict[str, Any]:
+        try:
+            read: dict[str, Any] = json.loads(options)
+        except (ValueError, RecursionError):
+            self.readable = False
+            return {}
+        # Another broker's way of delaying: what was claimed is due, and Dramatiq would put it aside again.
+        read.pop("eta", None)
+        return read
 
     @property
     def args(self) -> tuple[Any, ...]:

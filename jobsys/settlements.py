@@ -104,6 +104,11 @@ class Settlements:
                 self._write_as_failure(group[0], error)
 
     def _write_together(self, group: list[Outcome]) -> None:
+        if len({outcome.job.message_id for outcome in group}) < len(group):
+            # Two attempts at one job, one of them lost: which one was written must be known.
+            for outcome in group:
+                self._write_together([outcome])
+            return
         by_statement: defaultdict[str, list[Outcome]] = defaultdict(list)
         for outcome in group:
             by_statement[outcome.statement].append(outcome)

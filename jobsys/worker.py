@@ -19,7 +19,7 @@ from typing import Any
 import dramatiq
 
 from jobsys import db, logs
-from jobsys.errors import DatabaseUnavailable, JobsysError
+from jobsys.errors import DatabaseUnavailable
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
@@ -87,10 +87,18 @@ class Supervisor:
             "a worker process ended and will be replaced", pid=child.pid, status=_reading(child.status), pause=round(child.pause, 1)
         )
         if child.status not in (0, REPLACED):
-            with contextlib.suppress(JobsysError):
-                database = db.Database(db.url_of(self._settings), wait=2, name="jobsys supervisor")
-                database.run("report_death", host=socket.gethostname(), pid=child.pid)
-                database.close()
+            try:
+                self._report_death(child)
+            except Exception as error:
+                log.warning("its death could not be reported; others will notice its silence", pid=child.pid, error=str(error))
+
+    def _report_death(self, child: Child) -> None:
+        database = db.Database(db.url_of(self._settings), wait=2, name="jobsys supervisor")
+        for _ in range(5):
+            if database.run("report_death", host=socket.gethostname(), pid=child.pid):
+                break
+            time.sleep(0.1)  # its session may take a moment to end
+        database.close()
 
 
 class Child:
@@ -161,7 +169,7 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     presence.stop_claiming()
     deadline = time.monotonic() + settings.shutdown_grace
     # A second signal hurries; a job that can't be stopped is written off already and is not waited for.
-    while presence.unfinished and time.monotonic() < deadline and len(ends) <= max(1, reasons):
+    while (presence.unfinished or len(presence.settlements)) and time.monotonic() < deadline and len(ends) <= max(1, reasons):
         time.sleep(0.02)
         presence.stop_claiming()
     worker.stop(timeout=0 if presence.unfinished else 2000)

@@ -242,12 +242,13 @@ where status = 'PROCESSING' and worker = %(worker)s::uuid and started_at < clock
 select id::text, claim from jobs where status = 'PROCESSING' and worker = %(worker)s::uuid and stop_requested is not null;
 
 -- name: promote
--- Scheduled jobs that fell due become PENDING, a thousand at a time, the longest due first.
+-- Scheduled jobs that fell due become PENDING, a thousand at a time, the longest due first. (statement_timestamp, because an index is not
+-- searched for what a volatile function says.)
 update jobs
 set status = 'PENDING'
 where id = any(array(
     select id from jobs
-    where status = 'SCHEDULED' and run_at <= clock_timestamp()
+    where status = 'SCHEDULED' and run_at <= statement_timestamp()
     order by run_at
     limit 1000
     for update skip locked
@@ -293,8 +294,13 @@ update workers set asleep = array_append(asleep, %(queue)s) where id = %(id)s an
 update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s and %(queue)s = any(asleep);
 
 -- name: report_death
--- Said by a supervisor that saw its worker process die: nobody has to wait for its heart.
-update workers set heartbeat_at = '-infinity' where host = %(host)s and pid = %(pid)s;
+-- Said by a supervisor that saw its worker process die: nobody has to wait for its heart. Another machine may have a process of the same
+-- name and number: whose session is there is not dead.
+update workers
+set heartbeat_at = '-infinity'
+where host = %(host)s and pid = %(pid)s
+    and not exists (select from pg_stat_get_activity(session_pid) as session where session.backend_start = workers.session_start)
+returning id::text;
 
 -- name: unregister_worker
 -- A worker that has given everything back leaves; one that has not is left to the rescue.
@@ -303,15 +309,19 @@ where id = %(id)s and not exists (select from jobs where status = 'PROCESSING' a
 
 -- name: lost_workers
 -- Who is dead? Whoever was silent for too long; and whoever's session is gone and did not come back within a beat and a half.
--- (A reader without the right to see other roles' sessions sees a null start, and then waits for the silence.)
+-- (A reader without the right to see other roles' sessions sees a null start, and then waits for the silence.) Silence counts only for a
+-- reader who has had the database for a while: after an outage everybody was silent, and nobody need be dead. A reported death counts at once.
 select id::text
 from workers
-where heartbeat_at < clock_timestamp() - lost_after
-    or heartbeat_at < clock_timestamp() - heartbeat * 1.5
-        and not exists (
-            select from pg_stat_get_activity(session_pid) as session
-            where session.backend_start is null or session.backend_start = workers.session_start
-        );
+where heartbeat_at = '-infinity'
+    or %(silence_counts)s and (
+        heartbeat_at < clock_timestamp() - lost_after
+        or heartbeat_at < clock_timestamp() - heartbeat * 1.5
+            and not exists (
+                select from pg_stat_get_activity(session_pid) as session
+                where session.backend_start is null or session.backend_start = workers.session_start
+            )
+    );
 
 -- name: lock_lost_worker
 -- One rescuer at a time for one lost worker, and only if it did not beat again meanwhile.
@@ -320,7 +330,8 @@ where id = %(id)s and heartbeat_at < clock_timestamp() - least(lost_after, heart
 for update skip locked;
 
 -- name: rescue
--- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths.
+-- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths. One of them may be
+-- the killer: from the second crash on they come back one by one, so that the innocent do not die beside it again.
 with mine as (
     select id, attempt, claim, started_at from jobs
     where status = 'PROCESSING' and worker = %(worker)s::uuid
@@ -332,8 +343,10 @@ with mine as (
     set status = case
             when stop_requested is not null then 'CANCELLED'
             when crashes + 1 >= %(max_crashes)s then 'DEAD'
-            else 'PENDING'
+            when crashes = 0 then 'PENDING'
+            else 'SCHEDULED'
         end,
+        run_at = case when crashes = 0 then jobs.run_at else clock_timestamp() + (1 + 9 * random()) * interval '1 second' end,
         finished_at = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then clock_timestamp() end,
         worker = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then jobs.worker end,
         crashes = crashes + 1,
@@ -362,7 +375,16 @@ delete from jobs where stop_requested = 'remove' and finished_at is not null;
 -- Finished jobs past their retention, oldest first, a thousand at a time, from where the last call ended.
 with page as (
     select id, finished_at from jobs
-    where id > %(after)s::uuid and created_at < clock_timestamp() - %(days)s * interval '1 day'
+    where id > %(after)s::uuid
+        -- Ids of version 7 begin with the time, which bounds the walk to what is old enough; a day of margin for other clocks. (Who inserts
+        -- with ids of another kind has to remove those jobs himself.)
+        and id < overlay(
+            '00000000-0000-7000-8000-000000000000' placing regexp_replace(
+                lpad(to_hex((extract(epoch from statement_timestamp() - (%(days)s - 1) * interval '1 day') * 1000)::bigint), 12, '0'),
+                '(.{8})(.{4})', '\1-\2'
+            ) from 1 for 13
+        )::uuid
+        and created_at < clock_timestamp() - %(days)s * interval '1 day'
     order by id
     limit 1000
 ), gone as (
@@ -399,7 +421,9 @@ delete from jobs where queue = %(queue)s and status in ('PENDING', 'SCHEDULED');
 
 -- name: unfinished
 -- Dramatiq's join: is anything left to do in this queue?
-select exists (select from jobs where queue = %(queue)s and status in ('PENDING', 'SCHEDULED', 'PROCESSING'));
+select exists (select from jobs where queue = %(queue)s and status = 'PENDING')
+    or exists (select from jobs where queue = %(queue)s and status = 'SCHEDULED')
+    or exists (select from jobs where queue = %(queue)s and status = 'PROCESSING');
 
 -- name: result
 -- Dramatiq's results: how the job stands, and what it returned.

@@ -149,12 +149,13 @@ def test_finishing_twice_records_once(system: JobSystem, worker: Worker) -> None
     assert system.totals()["jobs_success"] == 1
 
 
-def test_a_crash_is_counted_at_the_rescue_and_the_last_one_is_a_dead_letter(system: JobSystem, worker: Worker) -> None:
+def test_a_crash_is_counted_at_the_rescue_and_the_last_one_is_a_dead_letter(system: JobSystem, worker: Worker, database_url: str) -> None:
     job = system.submit("TEST_JOB", max_retries=0)
     for crash in (1, 2, 3):
         assert worker.claim()
         worker.rescue(worker)
-        assert system.job(job.id).status == ("DEAD" if crash == 3 else "PENDING")
+        assert system.job(job.id).status == ("PENDING", "SCHEDULED", "DEAD")[crash - 1]
+        execute(database_url, "update jobs set status = 'PENDING', run_at = now() where status = 'SCHEDULED'")
     assert [failure.type for failure in system.failures(job.id)] == ["WorkerLost"] * 3
     assert (system.job(job.id).error or {})["type"] == "WorkerLost"
 
@@ -167,7 +168,7 @@ def test_a_worker_is_lost_when_its_session_is_gone_or_its_heart_is_silent(system
         db.run(session, "register_worker", id=id, **row)
 
         def lost() -> bool:
-            return (id,) in system.database.run("lost_workers")
+            return (id,) in system.database.run("lost_workers", silence_counts=True)
 
         execute(database_url, "update workers set heartbeat_at = clock_timestamp() - interval '10 seconds'")
         assert not lost(), "its session is there and its silence is short of 30 s"
@@ -253,7 +254,12 @@ def test_counts_and_totals_agree_with_the_table_through_every_change(system: Job
 def test_totals_survive_pruning(system: JobSystem, worker: Worker, database_url: str) -> None:
     system.submit_many(Submission("TEST_JOB") for _ in range(5))
     worker.finish(*worker.claim(3))
-    execute(database_url, "update jobs set created_at = now() - interval '40 days', finished_at = finished_at - interval '31 days'")
+    execute(
+        database_url,
+        """update jobs set created_at = now() - interval '40 days', finished_at = finished_at - interval '31 days',
+           id = overlay(replace(id::text, '-', '')
+               placing lpad(to_hex((extract(epoch from now() - interval '40 days') * 1000)::bigint), 12, '0') from 1 for 12)::uuid""",
+    )
     assert system.database.run("prune", after=BEGINNING[1], days=30)[0][1:] == (5, 3)
     assert system.totals()["jobs_success"] == 3 and system.counts()["COMPLETED"] == 0
     assert execute(database_url, "select count(*) from jobs") == [(2,)], "what has not finished stays, however old"
@@ -387,3 +393,41 @@ def test_the_claim_walks_the_ready_index_and_never_the_table(system: JobSystem, 
     connection.close()
     assert "jobs_ready" in plan and "Seq Scan on jobs" not in plan
     assert "Seq Scan on jobs" not in settle
+
+
+def test_looking_for_due_and_for_old_jobs_does_not_walk_the_others(system: JobSystem, database_url: str) -> None:
+    execute(
+        database_url,
+        """insert into jobs (type, queue, priority, max_attempts, status, run_at, finished_at)
+           select 'TEST_JOB', 'default', 0, 4, case when n % 2 = 0 then 'SCHEDULED' else 'COMPLETED' end,
+               now() + interval '1 day', case when n % 2 = 0 then null else now() end
+           from generate_series(1, 20000) n""",
+    )
+    execute(database_url, "vacuum analyze jobs")
+    with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
+
+        def touched(name: str, **parameters: Any) -> int:
+            """Pages read by a statement."""
+            cursor.execute("explain (analyze, buffers, format json) " + db.STATEMENTS[name], parameters)
+            plan = cursor.fetchone()[0][0]["Plan"]  # type: ignore[index]
+            return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+        assert touched("promote") < 30
+        assert touched("prune", after=BEGINNING[1], days=30) < 30
+        assert touched("unfinished", queue="nothing here") < 400
+
+
+def test_after_an_outage_silence_alone_condemns_nobody(system: JobSystem, worker: Worker, database_url: str) -> None:
+    execute(database_url, "update workers set heartbeat_at = now() - interval '1 hour'")
+    assert system.database.run("lost_workers", silence_counts=False) == []
+    assert system.database.run("lost_workers", silence_counts=True) == [(worker.id,)]
+
+
+def test_a_death_is_reported_of_a_worker_whose_session_is_gone(system: JobSystem, database_url: str) -> None:
+    with contextlib.closing(psycopg2.connect(database_url)) as session:
+        session.autocommit = True
+        row = {"host": "h", "pid": 9, "version": "0", "queues": [], "types": [], "threads": 1, "heartbeat": 5, "lost_after": 30}
+        db.run(session, "register_worker", id=new_job_id(), **row)
+        assert system.database.run("report_death", host="h", pid=9) == [], "its session is there: another machine's process"
+    execute(database_url, "select pg_sleep(0.2)")
+    assert len(system.database.run("report_death", host="h", pid=9)) == 1

@@ -232,6 +232,26 @@ def test_a_job_that_kills_its_worker_three_times_is_a_dead_letter(system: JobSys
     assert system.wait(system.submit("TEST_JOB").id, 20).status == "COMPLETED", "the service goes on"
 
 
+def test_a_row_that_cannot_be_read_is_a_dead_letter_and_holds_up_no_other(system: JobSystem, worker: Running, database_url: str) -> None:
+    insert = "insert into jobs (type, options) values ('TEST_JOB', %s::jsonb) returning id::text"
+    [(unreadable,)] = execute(database_url, insert, '{"n": ' + "9" * 5000 + "}")
+    [(put_aside,)] = execute(database_url, insert, '{"eta": 99999999999999}')
+    later = system.submit("TEST_JOB")
+    assert system.wait(later.id, 20).status == "COMPLETED"
+    assert system.wait(put_aside, 20).status == "COMPLETED"
+    dead = system.wait(unreadable, 20)
+    # Python before 3.11 reads numbers of any length.
+    assert dead.status == ("DEAD" if sys.version_info >= (3, 11) else "COMPLETED")
+
+
+def test_a_killer_does_not_take_its_neighbours_along(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
+    killer = system.submit("KILLER", {"ledger": str(ledger)})
+    others = system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 1}) for _ in range(6))
+    start_worker(WORKER_THREADS=2)
+    assert until(system, killer, "DEAD", timeout=60)
+    assert all(system.wait(id, 40).status == "COMPLETED" for id in others)
+
+
 def test_losing_every_database_connection_loses_and_doubles_nothing(
     system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str
 ) -> None:
