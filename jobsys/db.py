@@ -220,20 +220,6 @@ def migrate(url: str) -> list[str]:
     return applied
 
 
-def wait_until_available(url: str, *, timeout: float) -> None:
-    """Return once the server answers. Raises DatabaseUnavailable when it doesn't within `timeout` seconds."""
-    database = Database(url, wait=2)
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            database.connect().close()
-            return
-        except DatabaseUnavailable:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-
-
 def _migrations() -> list[tuple[int, Path]]:
     later = sorted((SQL / "migrations").glob("[0-9]*.sql"))
     return [(1, SQL / "schema.sql"), *((int(file.name.split("_")[0]), file) for file in later)]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from dramatiq.middleware import AgeLimit, Callbacks, Middleware, Pipelines
 from dramatiq.middleware import Retries as DramatiqRetries
-from dramatiq.results import Results
 from pydantic import ValidationError
 
 from jobsys.errors import GiveUp, InvalidSubmission, JobStopped
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 
 # What became of a failed attempt is logged when it has been written (presence.py), in one line; Dramatiq's lines would say it again,
-# with its own frames. logging.getLogger("dramatiq.middleware.retries.Retries").setLevel(logging.ERROR)
+# with its own frames.
+logging.getLogger("dramatiq.middleware.retries.Retries").setLevel(logging.ERROR)
 logging.getLogger("dramatiq.worker.WorkerThread").addFilter(lambda record: not str(record.msg).startswith("Failed to process message"))
 
 
@@ -52,7 +52,7 @@ class Priority(Middleware):
 
 
 class Stopping(Middleware):
-    """Sets each attempt's deadline. Who watches it, and the order to cancel, is heart.py; how a thread is stopped, running.py.
+    """Sets each attempt's deadline. Who watches it, and the order to cancel, is heart.py; how a thread is stopped, interrupt.py.
 
     Takes the place of Dramatiq's TimeLimit and ShutdownNotifications, which throw their exceptions at any bytecode, also into a
     connection pool.
@@ -128,6 +128,3 @@ def unreadable(error: ValidationError) -> CannotRun:
     """The CannotRun for a payload that no longer fits its model."""
     problems = "; ".join(f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors())
     return CannotRun(f"the payload is not valid for this job type: {problems}")
-
-
-__all__ = ["AgeLimit", "CannotRun", "DeadLetters", "Priority", "Results", "Retries", "Stopping", "TimeLimitExceeded", "stack", "unreadable"]

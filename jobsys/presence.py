@@ -48,7 +48,6 @@ class Presence:
         """Every job this process has claimed and not yet settled, by its id."""
         self.must_end = threading.Event()
         """Set when a job could not be stopped: the process has to end, and be replaced."""
-        self.lost_outcomes = 0
         self._database = db.Database(broker.database.url, size=3, wait=30, name="jobsys worker")
         self.settlements = Settlements(self._database, written=self._outcome_was_written, lost=self._outcome_was_lost)
         self.claims = Claims(
@@ -216,7 +215,6 @@ class Presence:
 
     def _outcome_was_lost(self, job: RunningJob) -> None:
         self._outcome_was_written(job)
-        self.lost_outcomes += 1
         log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
 
 

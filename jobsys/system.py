@@ -13,7 +13,7 @@ from typing import Any
 import dramatiq
 import psycopg2
 
-from jobsys import db
+from jobsys import db, logs
 from jobsys.broker import JobsBroker
 from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
@@ -26,6 +26,7 @@ FINISHED = ("COMPLETED", "FAILED", "DEAD", "CANCELLED")
 LONGEST_DELAY = 10 * 366 * 86400
 """Seconds: a job can be scheduled ten years ahead."""
 LARGEST_INSERT = 1000
+log = logs.get(__name__)
 
 
 @dataclass(frozen=True)
@@ -340,11 +341,13 @@ class JobSystem:
     def pause(self, queue: str, by: str | None = None) -> None:
         """Start no further job of this queue, anywhere. What runs goes on."""
         self.database.run("pause_queue", queue=queue, paused=True)
+        log.info("queue paused", queue=queue, by=by)
 
     def resume(self, queue: str, by: str | None = None) -> None:
         """Undo `pause`."""
         self.database.run("pause_queue", queue=queue, paused=False)
         self.database.run("wake_queue", queue=queue)
+        log.info("queue resumed", queue=queue, by=by)
 
     def limit(self, queue: str, *, rate: tuple[int, float] | None = None, max_running: int | None = None) -> None:
         """Limit a queue over all workers: `rate` is (starts, seconds), evenly spaced. None takes a limit away. Takes effect at once."""

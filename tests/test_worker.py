@@ -77,6 +77,14 @@ def test_a_failing_job_is_retried_with_growing_pauses_and_then_failed(system: Jo
     assert system.totals()["jobs_retried"] == 2
 
 
+def test_a_failed_attempt_is_one_line_in_the_log(system: JobSystem, worker: Running) -> None:
+    done = system.wait(system.submit("TEST_JOB", {"failTimes": 9, "failWith": "as told"}, max_retries=1).id, 20)
+    eventually(lambda: worker.output.count("attempt failed") >= 2)
+    lines = [line for line in worker.output.splitlines() if done.id in line]
+    assert len(lines) == 2 and all("attempt failed" in line and "as told" in line for line in lines)
+    assert "Traceback" not in worker.output
+
+
 def test_a_retried_job_can_succeed_and_keeps_its_history(system: JobSystem, worker: Running) -> None:
     done = system.wait(system.submit("TEST_JOB", {"failTimes": 1}).id, 20)
     assert (done.status, done.attempt) == ("COMPLETED", 2)
