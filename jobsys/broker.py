@@ -131,7 +131,7 @@ class JobsBroker(PostgresBroker):
 
     def make_running(self, row: db.Row, worker: str) -> RunningJob:
         """The RunningJob for a row that `claim` returned."""
-        return RunningJob(row, worker=worker, job_type=self.job_types.get(row[1]))
+        return RunningJob(row, worker=worker, job_type=self.job_types.get(row[1]), max_crashes=self.settings.max_crashes)
 
     # Signals: Dramatiq asks every middleware about every signal; here only those that listen are asked.
 

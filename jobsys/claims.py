@@ -7,6 +7,7 @@ into free threads, and so an urgent job never waits long behind claimed ones.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -33,7 +34,11 @@ NAPS = (0.01, 0.05)
 
 class WorkQueue(queue.PriorityQueue):
     """What Dramatiq's threads take from, in the order of the jobs themselves (Dramatiq's own orders by actor). Counts what it needs to
-    measure the pace."""
+    measure the pace.
+
+    A suspect (a job whose next crash would be its last) runs alone: it waits until nothing else runs here, and nothing else starts before
+    it has ended. So if it kills its process, it was itself.
+    """
 
     def __init__(self, threads: int) -> None:
         super().__init__()
@@ -43,43 +48,66 @@ class WorkQueue(queue.PriorityQueue):
         self.finished = 0
         self.room = threading.Event()
         self.closed = False
+        self._suspects: list[RunningJob] = []
+        self._suspect_runs = False
+
+    def _qsize(self) -> int:
+        return len(self.queue) + len(self._suspects)
 
     def _put(self, item: tuple[int, RunningJob]) -> None:
-        heappush(self.queue, item[1])
+        heappush(self._suspects if item[1].suspect else self.queue, item[1])
 
     def _get(self) -> tuple[int, RunningJob]:
-        job = heappop(self.queue)
+        if self.queue:
+            job = heappop(self.queue)
+        else:
+            job = heappop(self._suspects)
+            self._suspect_runs = True
         self.expected.discard(job)
         return (0, job)
 
+    @property
+    def _startable(self) -> bool:
+        if self._suspect_runs:
+            return False
+        return bool(self.queue) or (bool(self._suspects) and self.unfinished_tasks == len(self._suspects))
+
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         with self.not_empty:
-            if not self.queue and block and not self.closed:
+            if block and not self.closed and not self._startable:
                 self.not_empty.wait(timeout)
-            if self.queue and not (self.closed and block):
+            if self._startable and not self.closed if block else self._qsize():
                 return self._get()
         if self.closed:
             time.sleep(0.001)
         raise queue.Empty
 
     def task_done(self) -> None:
-        super().task_done()
-        self.finished += 1
+        with self.mutex:
+            self.finished += 1
+            self._forget(1)
+            if self._suspect_runs or self._suspects:
+                self._suspect_runs = False
+                self.not_empty.notify_all()
         if not self.room.is_set():
             self.room.set()
 
     @property
+    def holds_suspects(self) -> bool:
+        """Whether a suspect waits or runs: then nothing else is to be taken in."""
+        return self._suspect_runs or bool(self._suspects)
+
+    @property
     def idle_threads(self) -> int:
         """Threads with nothing to do and nothing waiting for them."""
-        return self.threads - self.unfinished_tasks
+        return 0 if self.holds_suspects else self.threads - self.unfinished_tasks
 
     def take_back(self, claimed_before: float) -> list[RunningJob]:
         """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here."""
         with self.mutex:
-            late = [job for job in self.queue if job.claimed_at < claimed_before]
+            late = [job for job in [*self.queue, *self._suspects] if job.claimed_at < claimed_before]
             if late:
-                self.queue = [job for job in self.queue if job.claimed_at >= claimed_before]
-                heapify(self.queue)
+                self._keep(claimed_before)
                 self._forget(len(late))
         return late
 
@@ -87,12 +115,17 @@ class WorkQueue(queue.PriorityQueue):
         """Hand nothing out any more; the jobs that were not started."""
         with self.mutex:
             self.closed = True
-            unstarted = list(self.queue)
-            self.queue.clear()
+            unstarted = [*self.queue, *self._suspects]
+            self._keep(math.inf)
             self._forget(len(unstarted))
             self.not_empty.notify_all()
         self.room.set()
         return unstarted
+
+    def _keep(self, claimed_since: float) -> None:
+        for jobs in (self.queue, self._suspects):
+            jobs[:] = [job for job in jobs if job.claimed_at >= claimed_since]
+            heapify(jobs)
 
     def _forget(self, jobs: int) -> None:
         self.unfinished_tasks -= jobs
@@ -218,7 +251,7 @@ class Claims:
     def _room(self) -> int:
         ahead = int(self._pace() * AHEAD)
         unstarted = len(self.work.expected)
-        if self._backlog() > 2 * LARGEST_CLAIM:
+        if self._backlog() > 2 * LARGEST_CLAIM or self.work.holds_suspects:
             return 0
         free = self.work.idle_threads if unstarted == 0 else 0
         return min(max(free, ahead - unstarted if unstarted <= ahead // 2 else 0), LARGEST_CLAIM)

@@ -35,7 +35,7 @@ class RunningJob(MessageProxy):
     stop_asked_at: float | None = None
     _exception: BaseException | None = None
 
-    def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None) -> None:
+    def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None, max_crashes: int) -> None:
         (
             self.message_id,
             self.actor_name,
@@ -48,8 +48,10 @@ class RunningJob(MessageProxy):
             self.max_attempts,
             self.run_at,
             self.message_timestamp,
+            crashes,
         ) = row
         self.worker = worker
+        self.suspect = crashes > 0 and crashes + 1 >= max_crashes
         self.claimed_at = time.monotonic()
         self.job_type = job_type
         self.options: dict[str, Any] = {} if options == "{}" else self._read(options)

@@ -40,10 +40,15 @@ class Submitted(NamedTuple):
     group_id: str | None
     idempotency_key: str | None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the job is due now and has no key: then a simpler statement will do."""
+        return self.run_at is None and not self.delay and self.idempotency_key is None
+
 
 def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those that went in."""
-    if len(jobs) == 1:
+    if len(jobs) == 1 and jobs[0].plain:
         return db.run(connection, "submit", **jobs[0]._asdict())
     columns = zip(*jobs, strict=True)
     return db.run(connection, "submit_many", **{name: list(column) for name, column in zip(Submitted._fields, columns, strict=True)})

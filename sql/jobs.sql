@@ -48,9 +48,9 @@ with target as (
     select id, status from jobs where id = %(id)s for update
 ), changed as (
     update jobs
-    set status = case when jobs.status = 'PROCESSING' then jobs.status else 'CANCELLED' end,
+    set status = case when jobs.status = 'PROCESSING' then jobs.status else 'CANCELLED' end::job_status,
         finished_at = case when jobs.status = 'PROCESSING' then null else clock_timestamp() end,
-        stop_requested = case when jobs.status = 'PROCESSING' then coalesce(jobs.stop_requested, %(stop)s) else jobs.stop_requested end
+        stop_requested = case when jobs.status = 'PROCESSING' then coalesce(jobs.stop_requested, %(stop)s::stop_request) else jobs.stop_requested end
     from target
     where jobs.id = target.id and jobs.status in ('SCHEDULED', 'PENDING', 'PROCESSING')
     returning jobs.id, jobs.status, jobs.attempt

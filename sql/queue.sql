@@ -2,27 +2,17 @@
 -- What a worker writes names the id and the claim it holds, and returns the ids it changed: an id that is missing was lost.
 
 -- name: submit
--- A key that is taken inserts nothing: `find_idempotent` then tells what it is.
-insert into jobs (id, type, queue, priority, payload, options, status, max_attempts, run_at, group_id, idempotency_key)
-values (
-    %(id)s, %(type)s, %(queue)s, %(priority)s, %(payload)s, %(options)s,
-    case
-        when coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s * interval '1 second') > clock_timestamp() then 'SCHEDULED'
-        else 'PENDING'
-    end,
-    %(max_attempts)s,
-    coalesce(%(run_at)s::timestamptz, clock_timestamp() + %(delay)s * interval '1 second', clock_timestamp()),
-    %(group_id)s, %(idempotency_key)s
-)
-on conflict (idempotency_key) where idempotency_key is not null do nothing
+-- One job that is due now. What it leaves out has defaults: a shorter statement, because reading and planning it is a good part of its cost.
+insert into jobs (id, type, queue, priority, payload, options, max_attempts, group_id)
+values (%(id)s, %(type)s, %(queue)s, %(priority)s, %(payload)s, %(options)s, %(max_attempts)s, %(group_id)s)
 returning id::text, status, run_at, created_at;
 
 -- name: submit_many
--- The same for some hundreds at once. (For one, the arrays alone would cost as much as the insert.)
+-- Any jobs, some hundreds at once. A key that is taken inserts nothing: `find_idempotent` then tells what it is.
 insert into jobs (id, type, queue, priority, payload, options, status, max_attempts, run_at, group_id, idempotency_key)
 select
     id, type, queue, priority, payload, options,
-    case when due > clock_timestamp() then 'SCHEDULED' else 'PENDING' end,
+    case when due > clock_timestamp() then 'SCHEDULED' else 'PENDING' end::job_status,
     max_attempts, coalesce(due, clock_timestamp()), group_id, idempotency_key
 from (
     select job.*, coalesce(job.run_at, clock_timestamp() + job.delay * interval '1 second') as due
@@ -61,7 +51,7 @@ where id = any(array(
     limit %(n)s
 ))
 returning id::text, type, queue, priority, payload::text, options::text, attempt, claim, max_attempts, run_at,
-    (extract(epoch from created_at) * 1000)::bigint;
+    (extract(epoch from created_at) * 1000)::bigint, crashes;
 
 -- name: look_at_gate
 -- Before waiting for a free thread: is there a job for it, and may one start? No row while the queue is paused or empty; else the
@@ -104,7 +94,7 @@ where id = any(array(
     for update skip locked
 ))
 returning id::text, type, queue, priority, payload::text, options::text, attempt, claim, max_attempts, run_at,
-    (extract(epoch from created_at) * 1000)::bigint;
+    (extract(epoch from created_at) * 1000)::bigint, crashes;
 
 -- name: spend_start
 -- The next start of a paced queue is one spacing after the one just claimed.
@@ -150,7 +140,7 @@ with failed as (
             when stop_requested is not null then 'CANCELLED'
             when failed.delay > 0 then 'SCHEDULED'
             else 'PENDING'
-        end,
+        end::job_status,
         finished_at = case when stop_requested is not null then clock_timestamp() end,
         run_at = clock_timestamp() + failed.delay * interval '1 second',
         worker = case when stop_requested is not null then jobs.worker end,
@@ -178,7 +168,7 @@ with failed as (
     ) as failed(id, claim, status, options, type, message, traceback, fingerprint)
 ), changed as (
     update jobs
-    set status = failed.status,
+    set status = failed.status::job_status,
         finished_at = clock_timestamp(),
         options = failed.options,
         error = jsonb_build_object('type', failed.type, 'message', failed.message, 'attempt', attempt, 'at', clock_timestamp())
@@ -197,7 +187,7 @@ with given as (
     select * from unnest(%(id)s::uuid[], %(claim)s::integer[]) as given(id, claim)
 ), changed as (
     update jobs
-    set status = case when stop_requested is null then 'PENDING' else 'CANCELLED' end,
+    set status = case when stop_requested is null then 'PENDING' else 'CANCELLED' end::job_status,
         finished_at = case when stop_requested is not null then clock_timestamp() end,
         attempt = attempt - 1,
         worker = null
@@ -330,8 +320,8 @@ where id = %(id)s and heartbeat_at < clock_timestamp() - least(lost_after, heart
 for update skip locked;
 
 -- name: rescue
--- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths. One of them may be
--- the killer: from the second crash on they come back one by one, so that the innocent do not die beside it again.
+-- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths. (One of them may
+-- be the killer: who is one death away from that runs alone in its process, see WorkQueue, so that no innocent dies beside it.)
 with mine as (
     select id, attempt, claim, started_at from jobs
     where status = 'PROCESSING' and worker = %(worker)s::uuid
@@ -343,10 +333,8 @@ with mine as (
     set status = case
             when stop_requested is not null then 'CANCELLED'
             when crashes + 1 >= %(max_crashes)s then 'DEAD'
-            when crashes = 0 then 'PENDING'
-            else 'SCHEDULED'
-        end,
-        run_at = case when crashes = 0 then jobs.run_at else clock_timestamp() + (1 + 9 * random()) * interval '1 second' end,
+            else 'PENDING'
+        end::job_status,
         finished_at = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then clock_timestamp() end,
         worker = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then jobs.worker end,
         crashes = crashes + 1,

@@ -40,8 +40,8 @@ def running(system: JobSystem, worker: Worker) -> Callable[[], RunningJob]:
     def claim() -> RunningJob:
         job = system.submit("TEST_JOB")
         [(id, number)] = worker.claim()
-        row = (id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, job.run_at, 0)
-        return RunningJob(row, worker=worker.id, job_type=None)
+        row = (id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, job.run_at, 0, 0)
+        return RunningJob(row, worker=worker.id, job_type=None, max_crashes=3)
 
     return claim
 
@@ -105,7 +105,7 @@ def test_a_group_is_one_statement_and_one_commit(system: JobSystem, settlements:
     system.submit_many(Submission("TEST_JOB") for _ in range(50))
     moment = system.job(system.jobs().jobs[0].id).run_at
     jobs = [
-        RunningJob((id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, moment, 0), worker=worker.id, job_type=None)
+        RunningJob((id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, moment, 0, 0), worker=worker.id, job_type=None, max_crashes=3)
         for id, number in worker.claim(50)
     ]
     settlements._waiting.extend(finish(job) for job in jobs[:-1])

@@ -1,0 +1,76 @@
+"""What Dramatiq's threads take from: the most urgent job first, and a suspect alone."""
+
+from __future__ import annotations
+
+import queue
+from datetime import datetime, timezone
+
+import pytest
+
+from jobsys.claims import WorkQueue
+from jobsys.ids import new_job_id
+from jobsys.running import RunningJob
+
+NOON = datetime(2030, 1, 1, 12, tzinfo=timezone.utc)
+
+
+def claimed(priority: int = 0, crashes: int = 0) -> RunningJob:
+    row = (new_job_id(), "TEST_JOB", "default", priority, "{}", "{}", 1, 1, 4, NOON, 0, crashes)
+    return RunningJob(row, worker=new_job_id(), job_type=None, max_crashes=3)
+
+
+def holding(*jobs: RunningJob) -> WorkQueue:
+    work = WorkQueue(4)
+    for job in jobs:
+        work.expected.add(job)
+        work.put((0, job))
+    return work
+
+
+def taken(work: WorkQueue) -> RunningJob | None:
+    try:
+        return work.get(timeout=0.01)[1]
+    except queue.Empty:
+        return None
+
+
+def test_the_most_urgent_job_comes_first_and_then_the_one_that_came_first() -> None:
+    first, second, urgent = claimed(), claimed(), claimed(-10)
+    work = holding(second, first, urgent)
+    assert [taken(work), taken(work), taken(work), taken(work)] == [urgent, first, second, None]
+
+
+def test_a_suspect_starts_when_nothing_else_runs_and_nothing_starts_beside_it() -> None:
+    suspect, neighbour = claimed(-10, crashes=2), claimed()
+    work = holding(suspect, neighbour)
+    assert taken(work) is neighbour and taken(work) is None
+    assert work.holds_suspects and work.idle_threads == 0, "nothing more is claimed"
+    work.task_done()
+    assert taken(work) is suspect
+    work.put((0, claimed()))
+    assert taken(work) is None
+    work.task_done()
+    assert taken(work) is not None and not work.holds_suspects
+
+
+def test_two_suspects_run_one_after_the_other() -> None:
+    work = holding(claimed(crashes=2), claimed(crashes=2))
+    assert taken(work) and not taken(work)
+    work.task_done()
+    assert taken(work)
+
+
+@pytest.mark.parametrize("crashes", [0, 2])
+def test_what_waits_too_long_is_taken_back(crashes: int) -> None:
+    runs, job = claimed(), claimed(crashes=crashes)
+    work = holding(runs, job)
+    assert taken(work) is runs
+    assert work.take_back(job.claimed_at) == [] and work.take_back(job.claimed_at + 1) == [job]
+    assert taken(work) is None and not work.holds_suspects
+
+
+def test_a_closed_queue_hands_nothing_out() -> None:
+    job, suspect = claimed(), claimed(crashes=2)
+    work = holding(job, suspect)
+    assert set(work.close()) == {job, suspect}
+    assert taken(work) is None and work.unfinished_tasks == 0
