@@ -33,7 +33,7 @@ from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry
 from jobsys.presence import Presence
 from jobsys.running import RunningJob
 from jobsys.settings import Settings
-from jobsys.settlements import Submitted, insert
+from jobsys.submissions import Submitted, insert
 
 
 class JobsBroker(PostgresBroker):
@@ -129,9 +129,10 @@ class JobsBroker(PostgresBroker):
         """The consumer of a queue: an iterator over RunningJobs, or None when none came for `timeout` milliseconds."""
         return JobsConsumer(broker=self, presence=self.attend(threads=prefetch), queue_name=queue_name, prefetch=prefetch, timeout=timeout)
 
-    def make_running(self, row: db.Row, worker: str) -> RunningJob:
-        """The RunningJob for a row that `claim` returned."""
-        return RunningJob(row, worker=worker, job_type=self.job_types.get(row[1]), max_crashes=self.settings.max_crashes)
+    def make_running(self, row: db.Row, queue_name: str, worker: str) -> RunningJob:
+        """The RunningJob for a row that a claim from that queue returned."""
+        job_type = self.job_types.get(row[1])
+        return RunningJob(row, queue_name=queue_name, worker=worker, job_type=job_type, max_crashes=self.settings.max_crashes)
 
     # Signals: Dramatiq asks every middleware about every signal; here only those that listen are asked.
 
@@ -257,13 +258,15 @@ class JobsConsumer(PostgresConsumer):
     def __next__(self) -> RunningJob | None:
         if not self.batch:
             try:
-                self.batch.extend(self.presence.claims.take(self.queue_name, self.wait))
+                jobs = self.presence.claims.take(self.queue_name, self.wait)
             except DatabaseUnavailable as error:
                 raise ConnectionError(str(error)) from error
-        try:
-            return self.batch.popleft()
-        except IndexError:
-            return None
+            if self.presence.serves:
+                # All but one go where Dramatiq's thread would put them one after the other, asking for delayed messages in between.
+                self.presence.work.put_all(jobs[1:])
+                return jobs[0] if jobs else None
+            self.batch.extend(jobs)
+        return self.batch.popleft() if self.batch else None
 
     def ack(self, message: RunningJob) -> None:
         """The attempt is over and did not fail for good: finished, to be retried, interrupted or cancelled."""
@@ -345,7 +348,9 @@ class Attendance(Middleware):
     """Ties Dramatiq's Worker to the presence of this process: its queue, its running jobs, its end."""
 
     def before_worker_boot(self, broker: JobsBroker, worker: Any) -> None:
-        worker.work_queue = broker.attend(threads=worker.worker_threads).work
+        presence = broker.attend(threads=worker.worker_threads)
+        presence.serves = True
+        worker.work_queue = presence.work
 
     def before_process_message(self, broker: JobsBroker, message: RunningJob) -> None:
         broker.running = message

@@ -13,8 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import datetime
 from heapq import heapify, heappop, heappush
+from operator import itemgetter
 from typing import Any
 
 from jobsys import db
@@ -22,11 +22,12 @@ from jobsys.errors import DatabaseUnavailable
 from jobsys.job_types import PRIORITIES
 from jobsys.running import RunningJob
 
-AHEAD = 0.1
+AHEAD = 0.03
 """Seconds of work a process holds in memory."""
 LATEST_START = 1.0
 """Seconds after which a job that is still held in memory goes back to the queue: the pace was measured on jobs that were faster."""
 LARGEST_CLAIM = 500
+Entry = tuple[tuple[int, str, str], RunningJob]
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 NAPS = (0.01, 0.05)
 """The first waits after falling asleep, in seconds: a job may have been inserted by somebody who did not see the sleeper yet."""
@@ -48,20 +49,31 @@ class WorkQueue(queue.PriorityQueue):
         self.finished = 0
         self.room = threading.Event()
         self.closed = False
-        self._suspects: list[RunningJob] = []
+        self.low_water = 0
+        """So many unstarted jobs, or fewer, make room for a claim."""
+        self._suspects: list[Entry] = []
         self._suspect_runs = False
 
     def _qsize(self) -> int:
         return len(self.queue) + len(self._suspects)
 
+    def put_all(self, jobs: list[RunningJob]) -> None:
+        """Put some jobs at once."""
+        with self.mutex:
+            for job in jobs:
+                self._put((0, job))
+            self.unfinished_tasks += len(jobs)
+            self.not_empty.notify(len(jobs))
+
     def _put(self, item: tuple[int, RunningJob]) -> None:
-        heappush(self._suspects if item[1].suspect else self.queue, item[1])
+        job = item[1]
+        heappush(self._suspects if job.suspect else self.queue, (job.order, job))
 
     def _get(self) -> tuple[int, RunningJob]:
         if self.queue:
-            job = heappop(self.queue)
+            job = heappop(self.queue)[1]
         else:
-            job = heappop(self._suspects)
+            job = heappop(self._suspects)[1]
             self._suspect_runs = True
         self.expected.discard(job)
         return (0, job)
@@ -89,7 +101,7 @@ class WorkQueue(queue.PriorityQueue):
             if self._suspect_runs or self._suspects:
                 self._suspect_runs = False
                 self.not_empty.notify_all()
-        if not self.room.is_set():
+        if len(self.expected) <= self.low_water and not self.room.is_set():
             self.room.set()
 
     @property
@@ -105,7 +117,7 @@ class WorkQueue(queue.PriorityQueue):
     def take_back(self, claimed_before: float) -> list[RunningJob]:
         """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here."""
         with self.mutex:
-            late = [job for job in [*self.queue, *self._suspects] if job.claimed_at < claimed_before]
+            late = [job for _, job in [*self.queue, *self._suspects] if job.claimed_at < claimed_before]
             if late:
                 self._keep(claimed_before)
                 self._forget(len(late))
@@ -115,7 +127,7 @@ class WorkQueue(queue.PriorityQueue):
         """Hand nothing out any more; the jobs that were not started."""
         with self.mutex:
             self.closed = True
-            unstarted = [*self.queue, *self._suspects]
+            unstarted = [job for _, job in [*self.queue, *self._suspects]]
             self._keep(math.inf)
             self._forget(len(unstarted))
             self.not_empty.notify_all()
@@ -123,9 +135,9 @@ class WorkQueue(queue.PriorityQueue):
         return unstarted
 
     def _keep(self, claimed_since: float) -> None:
-        for jobs in (self.queue, self._suspects):
-            jobs[:] = [job for job in jobs if job.claimed_at >= claimed_since]
-            heapify(jobs)
+        for entries in (self.queue, self._suspects):
+            entries[:] = [entry for entry in entries if entry[1].claimed_at >= claimed_since]
+            heapify(entries)
 
     def _forget(self, jobs: int) -> None:
         self.unfinished_tasks -= jobs
@@ -169,7 +181,7 @@ class Claims:
         *,
         worker: Callable[[], str],
         types: Callable[[], list[str]],
-        make: Callable[[tuple[Any, ...]], RunningJob],
+        make: Callable[[str, list[db.Row]], list[RunningJob]],
         backlog: Callable[[], int],
         poll_interval: float,
     ) -> None:
@@ -184,7 +196,7 @@ class Claims:
         self._turns = Turns()
         self._bells: dict[str, threading.Event] = {}
         self._asleep: dict[str, int] = {}
-        self._places: dict[str, dict[int, tuple[Any, str]]] = {}
+        self._places: dict[str, dict[int, tuple[str, str]]] = {}
         self._look_from_start_at: dict[str, float] = {}
         self._priorities: dict[str, tuple[float, list[int]]] = {}
         self._limited: set[str] = set()
@@ -218,7 +230,7 @@ class Claims:
                 if room == 0 or self.closed:
                     return []
                 rows, pause = self._claim(queue_name, room, deadline)
-                jobs = [self._make(row) for row in sorted(rows, key=_order)]
+                jobs = self._make(queue_name, sorted(rows, key=_order))
                 self.work.expected.update(jobs)
             if jobs:
                 self._note_work(queue_name)
@@ -250,11 +262,12 @@ class Claims:
 
     def _room(self) -> int:
         ahead = int(self._pace() * AHEAD)
+        self.work.low_water = ahead // 2
         unstarted = len(self.work.expected)
         if self._backlog() > 2 * LARGEST_CLAIM or self.work.holds_suspects:
             return 0
         free = self.work.idle_threads if unstarted == 0 else 0
-        return min(max(free, ahead - unstarted if unstarted <= ahead // 2 else 0), LARGEST_CLAIM)
+        return min(max(free, ahead - unstarted if unstarted <= self.work.low_water else 0), LARGEST_CLAIM)
 
     def _pace(self) -> float:
         """Jobs finished per second, over the last tenths of a second."""
@@ -289,14 +302,13 @@ class Claims:
             queue=queue_name,
             types=self._types(),
             priorities=priorities,
-            from_run_at=[str(run_at) for run_at, _ in begin],
+            from_run_at=[run_at for run_at, _ in begin],
             from_id=[id for _, id in begin],
             n=room,
         )
-        for row in rows:
-            place: tuple[datetime, str] = (row[9], row[0])
-            if row[2] == queue_name and (row[3] not in places or place > places[row[3]]):
-                places[row[3]] = place
+        rows.sort(key=_order)
+        for priority, run_at, id in map(_order, {row[2]: row for row in rows}.values()):
+            places[priority] = (run_at + "+00", id)
         if len(rows) < room:
             self._look_from_start_at[queue_name] = 0.0
         elif from_start:
@@ -367,5 +379,5 @@ class Claims:
         self.wake_all()
 
 
-def _order(row: db.Row) -> tuple[int, datetime, str]:
-    return (row[3], row[9], row[0])
+_order = itemgetter(2, 8, 0)
+"""Of a row that a claim returned: priority, run_at, id."""

@@ -158,6 +158,27 @@ def run(connection: Any, name: str, /, **parameters: Any) -> list[Row]:
         return cursor.fetchall() if cursor.description else []
 
 
+@contextmanager
+def nested(connection: Any) -> Iterator[None]:
+    """A block on somebody else's connection, whose statements happen all or not at all: a transaction of their own in autocommit, else
+    part of the one at hand, which stays usable when the block raises."""
+    if connection.autocommit:
+        with connection:
+            yield
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("savepoint jobsys")
+        try:
+            yield
+        except Exception:
+            if not connection.closed:
+                cursor.execute("rollback to savepoint jobsys")
+            raise
+        finally:
+            if not connection.closed:
+                cursor.execute("release savepoint jobsys")
+
+
 def alive(connection: Any) -> bool:
     """Whether an idle connection is still good, as far as the socket tells; no round trip.
 

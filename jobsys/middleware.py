@@ -10,7 +10,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.middleware import AgeLimit, Callbacks, Middleware, Pipelines
+from dramatiq.middleware import AgeLimit, Callbacks, Middleware
+from dramatiq.middleware import Pipelines as DramatiqPipelines
 from dramatiq.middleware import Retries as DramatiqRetries
 from pydantic import ValidationError
 
@@ -71,6 +72,14 @@ class Stopping(Middleware):
             limit = broker.actors[message.actor_name].options.get("time_limit")
         # Dramatiq counts in milliseconds.
         message.deadline = time.monotonic() + (self.default_limit if limit is None else limit / 1000)
+
+
+class Pipelines(DramatiqPipelines):
+    """Dramatiq's Pipelines, which imports a module at each call: asked only where there is a pipeline."""
+
+    def after_process_message(self, broker: JobsBroker, message: RunningJob, *, result: Any = None, exception: Any = None) -> None:
+        if "pipe_target" in message.options:
+            super().after_process_message(broker, message, result=result, exception=exception)
 
 
 class Retries(DramatiqRetries):

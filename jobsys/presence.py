@@ -42,6 +42,8 @@ class Presence:
         self.settings = settings
         self.id = new_job_id()
         self.threads = threads
+        self.serves = False
+        """Whether threads of Dramatiq's take jobs from `work`; else somebody iterates over a consumer."""
         self.work = WorkQueue(threads)
         self.running: set[RunningJob] = set()
         self.held: dict[str, RunningJob] = {}
@@ -204,10 +206,10 @@ class Presence:
         except ConnectionError as error:
             log.warning("a job could not be given back; others will rescue it", job_id=job.message_id, error=str(error))
 
-    def _hold(self, row: db.Row) -> RunningJob:
-        job = self.broker.make_running(row, self.id)
-        self.held[job.message_id] = job
-        return job
+    def _hold(self, queue_name: str, rows: list[db.Row]) -> list[RunningJob]:
+        jobs = [self.broker.make_running(row, queue_name, self.id) for row in rows]
+        self.held.update((job.message_id, job) for job in jobs)
+        return jobs
 
     def _outcome_was_written(self, job: RunningJob) -> None:
         if self.held.get(job.message_id) is job:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +19,7 @@ _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 
 
 class RunningJob(MessageProxy):
-    """One attempt at one job. Ordered as the queue is: priority, then due time, then arrival."""
+    """One attempt at one job. `order` is the queue's: priority, then due time, then arrival."""
 
     # What most attempts never change stands here: it is made some ten thousand times a second.
     readable = True
@@ -35,28 +34,29 @@ class RunningJob(MessageProxy):
     stop_asked_at: float | None = None
     _exception: BaseException | None = None
 
-    def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None, max_crashes: int) -> None:
+    def __init__(self, row: tuple[Any, ...], *, queue_name: str, worker: str, job_type: JobType | None, max_crashes: int) -> None:
         (
             self.message_id,
             self.actor_name,
-            self.queue_name,
             self.priority,
             self.payload,
             options,
             self.attempt,
             self.claim,
             self.max_attempts,
-            self.run_at,
+            run_at,
             self.message_timestamp,
             crashes,
         ) = row
+        self.queue_name = queue_name
         self.worker = worker
         self.suspect = crashes > 0 and crashes + 1 >= max_crashes
         self.claimed_at = time.monotonic()
         self.job_type = job_type
         self.options: dict[str, Any] = {} if options == "{}" else self._read(options)
         self.options["max_retries"] = None if self.max_attempts is None else self.max_attempts - 1
-        self.order: tuple[int, datetime, str] = (self.priority, self.run_at, self.message_id)
+        self.order: tuple[int, str, str] = (self.priority, run_at, self.message_id)
+        """As the queue is ordered: run_at is PostgreSQL's text in UTC, which sorts as the times do."""
         self.followups: list[Any] = []
         self.job = LiveJob(self)
         self.attempt_call = Interruptible(JobStopped)
@@ -93,9 +93,6 @@ class RunningJob(MessageProxy):
             message_id=self.message_id,
             message_timestamp=self.message_timestamp,
         )
-
-    def __lt__(self, other: RunningJob) -> bool:
-        return self.order < other.order
 
     def __eq__(self, other: object) -> bool:
         return self is other

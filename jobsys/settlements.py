@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg2
 from dramatiq.errors import ConnectionError
@@ -18,40 +18,12 @@ from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
 from jobsys.outcomes import Outcome, unstorable
 from jobsys.running import RunningJob
+from jobsys.submissions import insert
 
 LARGEST_GROUP = 500
 UNSTORABLE = (psycopg2.DataError, psycopg2.IntegrityError, *db.NEVER_WORTH_REPEATING, ValueError, TypeError)
 """What says that one outcome is at fault, and not the database."""
 log = logs.get(__name__)
-
-
-class Submitted(NamedTuple):
-    """A job on its way into the table; the fields are the parameters of `submit` and `submit_many`. payload and options are JSON text."""
-
-    id: str
-    type: str
-    queue: str
-    priority: int
-    payload: str
-    options: str
-    max_attempts: int | None
-    run_at: Any
-    delay: float | None
-    group_id: str | None
-    idempotency_key: str | None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the job is due now and has no key: then a simpler statement will do."""
-        return self.run_at is None and not self.delay and self.idempotency_key is None
-
-
-def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
-    """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those that went in."""
-    if len(jobs) == 1 and jobs[0].plain:
-        return db.run(connection, "submit", **jobs[0]._asdict())
-    columns = zip(*jobs, strict=True)
-    return db.run(connection, "submit_many", **{name: list(column) for name, column in zip(Submitted._fields, columns, strict=True)})
 
 
 class Settlements:
@@ -144,9 +116,11 @@ class Settlements:
             self._lost(outcome.job)
 
 
-def _columns(outcomes: list[Outcome]) -> dict[str, list[Any]]:
+def _columns(outcomes: list[Outcome]) -> dict[str, Any]:
     outcomes = sorted(outcomes, key=lambda outcome: outcome.job.message_id)
-    columns: dict[str, list[Any]] = {"id": [o.job.message_id for o in outcomes], "claim": [o.job.claim for o in outcomes]}
+    # As one text each: psycopg2 would quote every element by itself.
+    ids, claims = (o.job.message_id for o in outcomes), (str(o.job.claim) for o in outcomes)
+    columns: dict[str, Any] = {"id": f"{{{','.join(ids)}}}", "claim": f"{{{','.join(claims)}}}"}
     for name in outcomes[0].parameters:
         columns[name] = [outcome.parameters[name] for outcome in outcomes]
     return columns

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import chain, islice
 from typing import Any
 
 import dramatiq
@@ -19,13 +21,12 @@ from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmi
 from jobsys.ids import is_job_id, new_job_id
 from jobsys.job_types import Registry, priority_number, registry
 from jobsys.settings import Settings
-from jobsys.settlements import Submitted, insert
+from jobsys.submissions import MANY, Submissions, Submitted, insert, stream
 
 STATUSES = ("SCHEDULED", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD", "CANCELLED")
 FINISHED = ("COMPLETED", "FAILED", "DEAD", "CANCELLED")
 LONGEST_DELAY = 10 * 366 * 86400
 """Seconds: a job can be scheduled ten years ahead."""
-LARGEST_INSERT = 1000
 log = logs.get(__name__)
 
 
@@ -158,6 +159,7 @@ class JobSystem:
     def __init__(self, settings: Settings | None = None, *, pool_size: int = 8) -> None:
         self.settings = settings or Settings()
         self.database = db.Database(db.url_of(self.settings), size=pool_size, wait=2.0, patience=4.0)
+        self._submissions = Submissions(self.database)
         self.broker = JobsBroker(self.database, settings=self.settings)
         if dramatiq.broker.global_broker is None:
             # So that plain `@dramatiq.actor` in JOB_MODULES lands here and not on a RabbitMQ that Dramatiq would look for.
@@ -190,9 +192,8 @@ class JobSystem:
         submitted = self._described(submission, ())
         if connection is not None:
             with db.translated():
-                return self._insert_one(connection, submitted)
-        with self.database.connection() as own:
-            return self._insert_one(own, submitted)
+                return self._answer(submitted, lambda job: next(iter(insert(connection, [job])), None), connection)
+        return self._answer(submitted, self._submissions.insert)
 
     def submit_many(self, submissions: Iterable[Submission], *, connection: Any = None) -> list[str]:
         """Submit many jobs in one transaction, all or none; their ids, in the order given.
@@ -200,12 +201,14 @@ class JobSystem:
         A job whose idempotency key was used before is not made again: its place has the first job's id. Raises InvalidSubmission with the
         item's number at the front of each `loc`.
         """
-        described = [self._described(submission, (number,)) for number, submission in enumerate(submissions)]
-        if connection is not None:
-            with db.translated():
-                return self._insert_all(connection, described)
-        with self.database.transaction() as own:
-            return self._insert_all(own, described)
+        jobs = (self._described(submission, (number,)) for number, submission in enumerate(submissions))
+        first = list(islice(jobs, MANY))
+        write = self._insert_all if len(first) < MANY else self._stream_all
+        if connection is None:
+            with self.database.transaction() as own:
+                return write(own, chain(first, jobs))
+        with db.translated(), db.nested(connection):
+            return write(connection, chain(first, jobs))
 
     # Reading
 
@@ -455,40 +458,54 @@ class JobSystem:
                 raise
             raise InvalidSubmission([{"loc": [*loc, *each["loc"]], "msg": each["msg"]} for each in error.errors]) from None
 
-    def _insert_one(self, connection: Any, job: Submitted) -> JobRecord:
+    def _answer(self, job: Submitted, insert_one: Callable[[Submitted], db.Row | None], connection: Any = None) -> JobRecord:
         try:
-            rows = insert(connection, [job])
+            row = insert_one(job)
         except psycopg2.DataError as error:
             raise InvalidSubmission.of(["payload"], f"PostgreSQL can't store it: {str(error).splitlines()[0]}") from None
-        if rows:
-            _, status, run_at, created_at = rows[0]
+        if row is not None:
+            _, status, run_at, created_at = row
             return _new_record(job, status, _utc(run_at), _utc(created_at))
-        first, same = self._first_with_key(connection, job)
-        if not same:
-            raise IdempotencyConflict(str(job.idempotency_key))
-        return replace(_record(db.run(connection, "job", id=first)[0]), replayed=True)
+        with self.database.connection() if connection is None else nullcontext(connection) as using:
+            first, same = self._first_with_key(using, job)
+            if not same:
+                raise IdempotencyConflict(str(job.idempotency_key))
+            return replace(_record(db.run(using, "job", id=first)[0]), replayed=True)
 
-    def _insert_all(self, connection: Any, jobs: list[Submitted]) -> list[str]:
+    def _stream_all(self, connection: Any, jobs: Iterable[Submitted]) -> list[str]:
+        """Insert the plain ones as they come, then the others; all their ids, in the order given."""
+        ids, others, places = [], [], []
+
+        def plain_ones() -> Iterator[Submitted]:
+            for number, job in enumerate(jobs):
+                ids.append(job.id)
+                if job.plain:
+                    yield job
+                else:
+                    others.append(job)
+                    places.append(number)
+
+        with _storable():
+            stream(connection, plain_ones())
+        for number, id in zip(places, self._insert_all(connection, others, places), strict=True):
+            ids[number] = id
+        return ids
+
+    def _insert_all(self, connection: Any, jobs: Iterable[Submitted], numbers: Sequence[int] | None = None) -> list[str]:
+        """Insert jobs; their ids in the order given. `numbers` are their places in the list they come from, for errors."""
+        jobs = list(jobs)
+        with _storable():
+            inserted = {row[0] for row in insert(connection, jobs)} if jobs else set()
         ids = []
-        for start in range(0, len(jobs), LARGEST_INSERT):
-            some = jobs[start : start + LARGEST_INSERT]
-            try:
-                inserted = {row[0] for row in insert(connection, some)}
-            except psycopg2.DataError as error:
-                raise InvalidSubmission.of([], f"PostgreSQL can't store one of them: {str(error).splitlines()[0]}") from None
-            for number, job in enumerate(some, start):
-                if job.id in inserted:
-                    ids.append(job.id)
-                    continue
-                first, same = self._first_with_key(connection, job)
-                if not same:
-                    raise InvalidSubmission(
-                        [
-                            {"loc": [number, *each["loc"]], "msg": each["msg"]}
-                            for each in IdempotencyConflict(str(job.idempotency_key)).errors
-                        ]
-                    )
-                ids.append(first)
+        for number, job in zip(numbers or range(len(jobs)), jobs, strict=True):
+            if job.id in inserted:
+                ids.append(job.id)
+                continue
+            first, same = self._first_with_key(connection, job)
+            if not same:
+                errors = IdempotencyConflict(str(job.idempotency_key)).errors
+                raise InvalidSubmission([{"loc": [number, *each["loc"]], "msg": each["msg"]} for each in errors])
+            ids.append(first)
         return ids
 
     def _first_with_key(self, connection: Any, job: Submitted) -> tuple[str, bool]:
@@ -516,6 +533,14 @@ class JobSystem:
 
     def _counts(self) -> list[db.Row]:
         return self.database.run("counts")
+
+
+@contextmanager
+def _storable() -> Iterator[None]:
+    try:
+        yield
+    except psycopg2.DataError as error:
+        raise InvalidSubmission.of([], f"PostgreSQL can't store one of them: {str(error).splitlines()[0]}") from None
 
 
 def _record(row: db.Row) -> JobRecord:

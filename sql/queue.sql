@@ -24,6 +24,10 @@ from (
 on conflict (idempotency_key) where idempotency_key is not null do nothing
 returning id::text, status, run_at, created_at;
 
+-- name: stream
+-- Any number of jobs that are due now.
+copy jobs (id, type, queue, priority, payload, options, max_attempts, group_id) from stdin;
+
 -- name: claim
 -- Due jobs of one queue, most urgent first, first come first served within a priority; only types this worker knows, and
 -- nothing when the queue is paused or limited, or this worker has been declared lost. Each priority is looked through from where
@@ -50,8 +54,8 @@ where id = any(array(
         and not exists (select from queues where name = %(queue)s and (paused or rate_count is not null or max_running is not null))
     limit %(n)s
 ))
-returning id::text, type, queue, priority, payload::text, options::text, attempt, claim, max_attempts, run_at,
-    (extract(epoch from created_at) * 1000)::bigint, crashes;
+returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
+    (date_part('epoch', created_at) * 1000)::bigint, crashes;
 
 -- name: look_at_gate
 -- Before waiting for a free thread: is there a job for it, and may one start? No row while the queue is paused or empty; else the
@@ -93,8 +97,8 @@ where id = any(array(
     limit %(n)s
     for update skip locked
 ))
-returning id::text, type, queue, priority, payload::text, options::text, attempt, claim, max_attempts, run_at,
-    (extract(epoch from created_at) * 1000)::bigint, crashes;
+returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
+    (date_part('epoch', created_at) * 1000)::bigint, crashes;
 
 -- name: spend_start
 -- The next start of a paced queue is one spacing after the one just claimed.
@@ -121,10 +125,11 @@ select priority from present where priority is not null;
 select name from queues where paused or rate_count is not null or max_running is not null;
 
 -- name: finish
+-- Here and below: `status::text`, so that the planner goes by the primary key, and not through all that run (and, under an old snapshot, ran).
 update jobs
 set status = 'COMPLETED', finished_at = clock_timestamp(), result = done.result
 from unnest(%(id)s::uuid[], %(claim)s::integer[], %(result)s::jsonb[]) as done(id, claim, result)
-where jobs.id = done.id and jobs.claim = done.claim and jobs.status = 'PROCESSING'
+where jobs.id = done.id and jobs.claim = done.claim and jobs.status::text = 'PROCESSING'
 returning jobs.id::text;
 
 -- name: retry
@@ -147,7 +152,7 @@ with failed as (
         options = failed.options,
         error = jsonb_build_object('type', failed.type, 'message', failed.message, 'attempt', attempt, 'at', clock_timestamp())
     from failed
-    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status = 'PROCESSING'
+    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status::text = 'PROCESSING'
     returning jobs.id, jobs.queue, jobs.type, jobs.status, failed.claim, attempt, started_at, failed.worker,
         failed.type as error_type, failed.message, failed.traceback, failed.fingerprint
 ), counted as (
@@ -173,7 +178,7 @@ with failed as (
         options = failed.options,
         error = jsonb_build_object('type', failed.type, 'message', failed.message, 'attempt', attempt, 'at', clock_timestamp())
     from failed
-    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status = 'PROCESSING'
+    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status::text = 'PROCESSING'
     returning jobs.id, failed.claim, attempt, started_at, finished_at, worker, failed.type, failed.message, failed.traceback, failed.fingerprint
 ), kept as (
     insert into failures (job_id, claim, attempt, started_at, at, worker, type, message, traceback, fingerprint)
@@ -192,7 +197,7 @@ with given as (
         attempt = attempt - 1,
         worker = null
     from given
-    where jobs.id = given.id and jobs.claim = given.claim and jobs.status = 'PROCESSING'
+    where jobs.id = given.id and jobs.claim = given.claim and jobs.status::text = 'PROCESSING'
     returning jobs.id
 )
 select id::text from changed;
@@ -202,7 +207,7 @@ select id::text from changed;
 update jobs
 set status = 'CANCELLED', finished_at = clock_timestamp()
 from unnest(%(id)s::uuid[], %(claim)s::integer[]) as stopped(id, claim)
-where jobs.id = stopped.id and jobs.claim = stopped.claim and jobs.status = 'PROCESSING'
+where jobs.id = stopped.id and jobs.claim = stopped.claim and jobs.status::text = 'PROCESSING'
 returning jobs.id::text;
 
 -- name: report
@@ -211,7 +216,7 @@ with told as (
     update jobs
     set progress = latest.progress
     from unnest(%(id)s::uuid[], %(claim)s::integer[], %(progress)s::jsonb[]) as latest(id, claim, progress)
-    where jobs.id = latest.id and jobs.claim = latest.claim and jobs.status = 'PROCESSING'
+    where jobs.id = latest.id and jobs.claim = latest.claim and jobs.status::text = 'PROCESSING'
 )
 insert into events (job_id, at, kind, attempt, message)
 select line.job_id, to_timestamp(line.at), line.kind, line.attempt, line.message

@@ -14,7 +14,8 @@ from jobsys import db
 from jobsys.ids import new_job_id
 from jobsys.outcomes import Outcome, finish, plain_text
 from jobsys.running import RunningJob
-from jobsys.settlements import Settlements, Submitted
+from jobsys.settlements import Settlements
+from jobsys.submissions import Submitted
 from jobsys.system import JobSystem, Submission
 
 
@@ -40,8 +41,8 @@ def running(system: JobSystem, worker: Worker) -> Callable[[], RunningJob]:
     def claim() -> RunningJob:
         job = system.submit("TEST_JOB")
         [(id, number)] = worker.claim()
-        row = (id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, job.run_at, 0, 0)
-        return RunningJob(row, worker=worker.id, job_type=None, max_crashes=3)
+        row = (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, str(job.run_at), 0, 0)
+        return RunningJob(row, queue_name="default", worker=worker.id, job_type=None, max_crashes=3)
 
     return claim
 
@@ -103,9 +104,15 @@ def test_one_outcome_that_cannot_be_stored_does_not_take_the_others_along(
 
 def test_a_group_is_one_statement_and_one_commit(system: JobSystem, settlements: Settlements, worker: Worker, database_url: str) -> None:
     system.submit_many(Submission("TEST_JOB") for _ in range(50))
-    moment = system.job(system.jobs().jobs[0].id).run_at
+    moment = str(system.job(system.jobs().jobs[0].id).run_at)
     jobs = [
-        RunningJob((id, "TEST_JOB", "default", 0, "{}", "{}", 1, number, 4, moment, 0, 0), worker=worker.id, job_type=None, max_crashes=3)
+        RunningJob(
+            (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, moment, 0, 0),
+            queue_name="default",
+            worker=worker.id,
+            job_type=None,
+            max_crashes=3,
+        )
         for id, number in worker.claim(50)
     ]
     settlements._waiting.extend(finish(job) for job in jobs[:-1])

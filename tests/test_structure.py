@@ -13,7 +13,7 @@ LAYERS: list[set[str]] = [
     {"errors", "ids", "interrupt"},
     {"settings"},
     {"logs", "local", "db"},
-    {"job_types"},
+    {"job_types", "submissions"},
     {"jobs", "running"},
     {"outcomes", "middleware", "claims"},
     {"settlements"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-from datetime import datetime, timezone
 
 import pytest
 
@@ -11,12 +10,12 @@ from jobsys.claims import WorkQueue
 from jobsys.ids import new_job_id
 from jobsys.running import RunningJob
 
-NOON = datetime(2030, 1, 1, 12, tzinfo=timezone.utc)
+NOON = "2030-01-01 12:00:00"
 
 
 def claimed(priority: int = 0, crashes: int = 0) -> RunningJob:
-    row = (new_job_id(), "TEST_JOB", "default", priority, "{}", "{}", 1, 1, 4, NOON, 0, crashes)
-    return RunningJob(row, worker=new_job_id(), job_type=None, max_crashes=3)
+    row = (new_job_id(), "TEST_JOB", priority, "{}", "{}", 1, 1, 4, NOON, 0, crashes)
+    return RunningJob(row, queue_name="default", worker=new_job_id(), job_type=None, max_crashes=3)
 
 
 def holding(*jobs: RunningJob) -> WorkQueue:

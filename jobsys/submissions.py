@@ -1,0 +1,182 @@
+"""Jobs on their way into the table: one at once, what many threads submit meanwhile together, and a great many as a stream."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import psycopg2
+
+from jobsys import db
+from jobsys.errors import DatabaseUnavailable
+from jobsys.interrupt import undisturbed
+
+LARGEST_INSERT = 1000
+MANY = 100
+"""From so many on, jobs are streamed: before that, COPY would cost more than it spares."""
+
+
+class Submitted(NamedTuple):
+    """A job to be inserted; the fields are the parameters of `submit` and `submit_many`. payload and options are JSON text."""
+
+    id: str
+    type: str
+    queue: str
+    priority: int
+    payload: str
+    options: str
+    max_attempts: int | None
+    run_at: Any
+    delay: float | None
+    group_id: str | None
+    idempotency_key: str | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the job is due now and has no key: then simpler statements will do."""
+        return self.run_at is None and not self.delay and self.idempotency_key is None
+
+
+def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
+    """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those whose key was not taken."""
+    if len(jobs) == 1 and jobs[0].plain:
+        return db.run(connection, "submit", **jobs[0]._asdict())
+    rows = []
+    for start in range(0, len(jobs), LARGEST_INSERT):
+        columns = zip(*jobs[start : start + LARGEST_INSERT], strict=True)
+        rows += db.run(connection, "submit_many", **{name: list(column) for name, column in zip(Submitted._fields, columns, strict=True)})
+    return rows
+
+
+def stream(connection: Any, jobs: Iterable[Submitted]) -> None:
+    """Insert any number of plain jobs by COPY, inside the connection's transaction; all or none.
+
+    PostgreSQL works while `jobs` is still being made. What making them raises leaves from here, nothing inserted.
+    """
+    rows = _Rows(jobs)
+    try:
+        with connection.cursor() as cursor:
+            cursor.copy_expert(db.STATEMENTS["stream"], rows)
+    except psycopg2.Error:
+        if rows.error is not None:
+            raise rows.error from None
+        raise
+
+
+class _Rows:
+    """Jobs as a file in COPY's text format, made as it is read."""
+
+    def __init__(self, jobs: Iterable[Submitted]) -> None:
+        self.error: Exception | None = None
+        self._lines = (_line(job) for job in jobs)
+        self._rest = ""
+
+    def read(self, size: int) -> str:
+        try:
+            lines = [self._rest]
+            length = len(self._rest)
+            while length < size:
+                line = next(self._lines, None)
+                if line is None:
+                    break
+                lines.append(line)
+                length += len(line)
+        except Exception as error:
+            # psycopg2 makes its own error of whatever is raised here.
+            self.error = error
+            raise
+        text = "".join(lines)
+        self._rest = text[size:]
+        return text[:size]
+
+
+def _line(job: Submitted) -> str:
+    # Only JSON can hold a backslash here, and JSON text holds no tab and no line break.
+    payload, options = job.payload.replace("\\", "\\\\"), job.options.replace("\\", "\\\\")
+    attempts, group = r"\N" if job.max_attempts is None else job.max_attempts, job.group_id or r"\N"
+    return f"{job.id}\t{job.type}\t{job.queue}\t{job.priority}\t{payload}\t{options}\t{attempts}\t{group}\n"
+
+
+class Submissions:
+    """Inserts what several threads submit at the same time by one statement in one commit.
+
+    Whoever comes first inserts its job at once. Who comes while that is on its way waits, and goes together with all others who do: so a
+    thread that is alone loses nothing, and a crowd shares commits.
+    """
+
+    def __init__(self, database: db.Database) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._waiting: deque[_Turn] = deque()
+        self._inserting = False
+
+    def insert(self, job: Submitted) -> db.Row | None:
+        """(id, status, run_at, created_at) of the job, committed; None when its key is taken. Raises DatabaseUnavailable, and
+        psycopg2.DataError for what PostgreSQL can't store."""
+        turn = _Turn(job)
+        # A job's function may submit, and be stopped meanwhile: not in here, where others wait.
+        with undisturbed():
+            with self._lock:
+                self._waiting.append(turn)
+                leads = not self._inserting
+                self._inserting = True
+            if leads or turn.wait():
+                self._lead()
+        if turn.error is not None:
+            raise turn.error
+        return turn.row
+
+    def _lead(self) -> None:
+        """Insert whatever waits, and hand the lead to the first of those who came meanwhile."""
+        with self._lock:
+            group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_INSERT))]
+        try:
+            self._insert(group)
+        finally:
+            with self._lock:
+                self._inserting = bool(self._waiting)
+                if self._waiting:
+                    self._waiting[0].end(leads=True)
+            for turn in group:
+                turn.end()
+
+    def _insert(self, group: list[_Turn]) -> None:
+        try:
+            with self._database.connection() as connection:
+                rows = {row[0]: row for row in insert(connection, [turn.job for turn in group])}
+            for turn in group:
+                turn.row, turn.error = rows.get(turn.job.id), None
+        except Exception as error:
+            if isinstance(error, psycopg2.DataError) and len(group) > 1:
+                # One of them can't be stored. The others can.
+                for turn in group:
+                    self._insert([turn])
+                return
+            for turn in group:
+                turn.error = error
+
+
+class _Turn:
+    """One thread's job, and its wait for somebody to insert it."""
+
+    row: db.Row | None = None
+
+    def __init__(self, job: Submitted) -> None:
+        self.job = job
+        self.error: Exception | None = DatabaseUnavailable("interrupted while the job was being inserted")
+        self._leads = False
+        self._ended = threading.Lock()
+        self._ended.acquire()
+
+    def wait(self) -> bool:
+        """Wait until the job was inserted, or it is this thread's turn to insert: True."""
+        self._ended.acquire()
+        return self._leads
+
+    def end(self, *, leads: bool = False) -> None:
+        """End the wait."""
+        if self._ended.locked():
+            self._leads = leads
+            self._ended.release()
