@@ -1,17 +1,16 @@
 """What keeps the store in order: promotion of due jobs, rescue of lost workers' jobs, counting, removal, pruning.
 
-Every worker process does all of it, safely many times over; none must be alone, and each statement is bounded.
+Every worker process does all of it, safely many times over; none must be alone, and each statement is bounded. The more there are, the
+more rarely each does.
 """
 
 from __future__ import annotations
 
-import contextlib
+import random
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from dramatiq.errors import ConnectionError
 
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
@@ -19,7 +18,10 @@ from jobsys.errors import DatabaseUnavailable
 if TYPE_CHECKING:
     from jobsys.presence import Presence
 
+Chore = tuple[Callable[[], float | None], float]
 FIRST_ID = "00000000-0000-0000-0000-000000000000"
+PRUNE_PAUSE = 5.0
+"""After a page was pruned, so many times as long as that took belongs to the jobs."""
 log = logs.get(__name__)
 
 
@@ -35,18 +37,20 @@ class Chores(threading.Thread):
         self._pruned_to = FIRST_ID
         self._distrust_silence()
         poll = self._settings.poll_interval
-        self._chores: list[tuple[Callable[[], float | None], float]] = [
-            (self.promote, min(0.2, poll)),
+        self._own: list[Chore] = [
             (self.report, min(0.25, poll)),
-            (self.write_outcomes, poll),
             (self.give_back_unstarted, min(0.5, poll)),
+            (self.give_back_unheld, 2 * self._settings.worker_heartbeat),
+        ]
+        self._shared: list[Chore] = [
+            (self.promote, min(0.2, poll)),
             (self.rescue, poll),
             (self.remove_stopped, poll),
             (self.sum_tallies, poll),
-            (self.give_back_unheld, 2 * self._settings.worker_heartbeat),
             (self.rescue_orphans, 30.0),
             (self.prune, 60.0),
         ]
+        self._chores = [*self._own, *self._shared]
         self._due = [time.monotonic() + every for _, every in self._chores]
 
     def run(self) -> None:
@@ -54,6 +58,8 @@ class Chores(threading.Thread):
             for number, (chore, every) in enumerate(self._chores):
                 if time.monotonic() >= self._due[number] and not self._stopped.is_set():
                     again = self._attempt(chore)
+                    if number >= len(self._own):
+                        every *= self._share()
                     self._due[number] = time.monotonic() + (every if again is None else min(again, every))
             self._stopped.wait(max(0.0, min(self._due) - time.monotonic()))
 
@@ -74,12 +80,6 @@ class Chores(threading.Thread):
     def report(self) -> None:
         """Write what running jobs logged."""
         self._presence.report(list(self._presence.running))
-
-    def write_outcomes(self) -> None:
-        """Write outcomes that wait since the database was away."""
-        if len(self._presence.settlements):
-            with contextlib.suppress(ConnectionError):
-                self._presence.settlements.write()
 
     def give_back_unstarted(self) -> None:
         """Give back what was claimed too early."""
@@ -113,9 +113,10 @@ class Chores(threading.Thread):
         """Remove finished jobs past their retention, a bounded number at a time; soon again while there are more."""
         if self._settings.retention_days == 0:
             return None
+        began = time.monotonic()
         last, seen, _ = self._database.run("prune", after=self._pruned_to, days=self._settings.retention_days)[0]
         self._pruned_to = last if seen == 1000 else FIRST_ID
-        return 0.1 if seen == 1000 else None
+        return self._share() * PRUNE_PAUSE * (time.monotonic() - began) if seen == 1000 else None
 
     def _rescue_jobs_of(self, worker: str, reason: str) -> None:
         while not self._stopped.is_set():
@@ -130,6 +131,10 @@ class Chores(threading.Thread):
             log.warning(
                 "rescued the jobs of a lost worker", worker=worker, jobs=len(rescued), dead=sum(status == "DEAD" for _, status in rescued)
             )
+
+    def _share(self) -> float:
+        """Many workers share what is there for all: each does it more rarely, at no particular moment."""
+        return max(1.0, self._presence.claims.workers / 2) * random.uniform(0.8, 1.2)
 
     def _distrust_silence(self) -> None:
         """The others' hearts may have had no database, as this process: give them two beats to be heard again."""

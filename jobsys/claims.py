@@ -1,148 +1,36 @@
 """Taking jobs from the queue: how many, whose turn it is, where to look, and what to do when there is nothing.
 
 A process takes what it will start within about 100 ms at the pace it has just measured: no-op jobs come by the hundred, slow ones only
-into free threads, and so an urgent job never waits long behind claimed ones.
+into free threads. A more urgent job that comes meanwhile overtakes them: see lookout.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from heapq import heapify, heappop, heappush
 from operator import itemgetter
-from typing import Any
 
 from jobsys import db
 from jobsys.errors import DatabaseUnavailable
 from jobsys.job_types import PRIORITIES
 from jobsys.running import RunningJob
+from jobsys.work_queue import WorkQueue
 
-AHEAD = 0.03
+AHEAD = 0.1
 """Seconds of work a process holds in memory."""
 LATEST_START = 1.0
 """Seconds after which a job that is still held in memory goes back to the queue: the pace was measured on jobs that were faster."""
-LARGEST_CLAIM = 500
-Entry = tuple[tuple[int, str, str], RunningJob]
+LARGEST_CLAIM = 300
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
+BRISK = 30.0
+"""So many jobs in a tenth of a second, found in one queue by one process, are a crowd…"""
+GATHER = 0.008
+"""…for which it does not look more often than this, in seconds, and needs no notifications."""
 NAPS = (0.01, 0.05)
 """The first waits after falling asleep, in seconds: a job may have been inserted by somebody who did not see the sleeper yet."""
-
-
-class WorkQueue(queue.PriorityQueue):
-    """What Dramatiq's threads take from, in the order of the jobs themselves (Dramatiq's own orders by actor). Counts what it needs to
-    measure the pace.
-
-    A suspect (a job whose next crash would be its last) runs alone: it waits until nothing else runs here, and nothing else starts before
-    it has ended. So if it kills its process, it was itself.
-    """
-
-    def __init__(self, threads: int) -> None:
-        super().__init__()
-        self.threads = threads
-        self.expected: set[RunningJob] = set()
-        """Jobs that were claimed and are not started: here, or on their way here."""
-        self.finished = 0
-        self.room = threading.Event()
-        self.closed = False
-        self.low_water = 0
-        """So many unstarted jobs, or fewer, make room for a claim."""
-        self._suspects: list[Entry] = []
-        self._suspect_runs = False
-
-    def _qsize(self) -> int:
-        return len(self.queue) + len(self._suspects)
-
-    def put_all(self, jobs: list[RunningJob]) -> None:
-        """Put some jobs at once."""
-        with self.mutex:
-            for job in jobs:
-                self._put((0, job))
-            self.unfinished_tasks += len(jobs)
-            self.not_empty.notify(len(jobs))
-
-    def _put(self, item: tuple[int, RunningJob]) -> None:
-        job = item[1]
-        heappush(self._suspects if job.suspect else self.queue, (job.order, job))
-
-    def _get(self) -> tuple[int, RunningJob]:
-        if self.queue:
-            job = heappop(self.queue)[1]
-        else:
-            job = heappop(self._suspects)[1]
-            self._suspect_runs = True
-        self.expected.discard(job)
-        return (0, job)
-
-    @property
-    def _startable(self) -> bool:
-        if self._suspect_runs:
-            return False
-        return bool(self.queue) or (bool(self._suspects) and self.unfinished_tasks == len(self._suspects))
-
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        with self.not_empty:
-            if block and not self.closed and not self._startable:
-                self.not_empty.wait(timeout)
-            if self._startable and not self.closed if block else self._qsize():
-                return self._get()
-        if self.closed:
-            time.sleep(0.001)
-        raise queue.Empty
-
-    def task_done(self) -> None:
-        with self.mutex:
-            self.finished += 1
-            self._forget(1)
-            if self._suspect_runs or self._suspects:
-                self._suspect_runs = False
-                self.not_empty.notify_all()
-        if len(self.expected) <= self.low_water and not self.room.is_set():
-            self.room.set()
-
-    @property
-    def holds_suspects(self) -> bool:
-        """Whether a suspect waits or runs: then nothing else is to be taken in."""
-        return self._suspect_runs or bool(self._suspects)
-
-    @property
-    def idle_threads(self) -> int:
-        """Threads with nothing to do and nothing waiting for them."""
-        return 0 if self.holds_suspects else self.threads - self.unfinished_tasks
-
-    def take_back(self, claimed_before: float) -> list[RunningJob]:
-        """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here."""
-        with self.mutex:
-            late = [job for _, job in [*self.queue, *self._suspects] if job.claimed_at < claimed_before]
-            if late:
-                self._keep(claimed_before)
-                self._forget(len(late))
-        return late
-
-    def close(self) -> list[RunningJob]:
-        """Hand nothing out any more; the jobs that were not started."""
-        with self.mutex:
-            self.closed = True
-            unstarted = [job for _, job in [*self.queue, *self._suspects]]
-            self._keep(math.inf)
-            self._forget(len(unstarted))
-            self.not_empty.notify_all()
-        self.room.set()
-        return unstarted
-
-    def _keep(self, claimed_since: float) -> None:
-        for entries in (self.queue, self._suspects):
-            entries[:] = [entry for entry in entries if entry[1].claimed_at >= claimed_since]
-            heapify(entries)
-
-    def _forget(self, jobs: int) -> None:
-        self.unfinished_tasks -= jobs
-        if self.unfinished_tasks == 0:
-            self.all_tasks_done.notify_all()
 
 
 class Turns:
@@ -187,6 +75,12 @@ class Claims:
     ) -> None:
         self.work = work
         self.closed = False
+        self.workers = 1
+        """How many worker processes there are."""
+        self.busy = threading.Event()
+        """Set while claims bring more jobs than can start at once…"""
+        self.above: int | None = None
+        """…and the priority of the most urgent of them."""
         self._database = database
         self._worker = worker
         self._types = types
@@ -195,13 +89,21 @@ class Claims:
         self._poll_interval = poll_interval
         self._turns = Turns()
         self._bells: dict[str, threading.Event] = {}
-        self._asleep: dict[str, int] = {}
+        self._naps: dict[str, int] = {}
+        """The queues this process sleeps on, as its row says, and how often it has looked since."""
+        self._found: dict[str, tuple[float, float]] = {}
+        self._not_before: dict[str, float] = {}
         self._places: dict[str, dict[int, tuple[str, str]]] = {}
         self._look_from_start_at: dict[str, float] = {}
         self._priorities: dict[str, tuple[float, list[int]]] = {}
         self._limited: set[str] = set()
         self._limits_read_at = float("-inf")
-        self._pace_samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._pace_samples: deque[tuple[float, int, float]] = deque([(time.monotonic(), 0, 0.0)])
+
+    @property
+    def queues(self) -> int:
+        """How many queues are looked into."""
+        return len(self._bells)
 
     def wake(self, queue_name: str) -> None:
         """Somebody says that a job of this queue is due."""
@@ -224,21 +126,47 @@ class Claims:
         bell = self._bells.setdefault(queue_name, threading.Event())
         deadline = time.monotonic() + timeout
         while not self.closed:
+            self._gather(queue_name)
             bell.clear()
             with self._turns:
                 room = self._wait_for_room(deadline)
                 if room == 0 or self.closed:
                     return []
                 rows, pause = self._claim(queue_name, room, deadline)
-                jobs = self._make(queue_name, sorted(rows, key=_order))
+                jobs = self._make(queue_name, rows)
                 self.work.expected.update(jobs)
             if jobs:
-                self._note_work(queue_name)
+                self._note_work(queue_name, jobs, room)
                 return jobs
             wait = self._note_nothing(queue_name, pause)
             if wait and not bell.wait(wait) and time.monotonic() >= deadline:
                 return []
         return []
+
+    def claim_urgent(self, above: int) -> list[RunningJob]:
+        """Some of the jobs that are more urgent than the priority `above`, of whichever queue has the most urgent one. Raises
+        DatabaseUnavailable.
+
+        For the lookout: takes no turn, and needs no room. Dramatiq's threads ask each job for its queue, so that it needn't come through
+        that queue's consumer."""
+        now = time.monotonic()
+        looks = [
+            (queue_name, priority, *places.get(priority, BEGINNING))
+            for queue_name, places in list(self._places.items())
+            if queue_name not in self._limited
+            for priority in self._known_priorities(queue_name, now)
+            if priority < above
+        ]
+        if not looks or self.closed:
+            return []
+        names = ("queues", "priorities", "from_run_at", "from_id")
+        columns = {name: list(column) for name, column in zip(names, zip(*looks, strict=True), strict=True)}
+        found = self._database.run("glance", types=self._types(), **columns)
+        if not found:
+            return []
+        jobs = self._make(found[0][0], self._claim_freely(found[0][0], self.work.threads, above=above))
+        self.work.expected.update(jobs)
+        return jobs
 
     def _wait_for_room(self, deadline: float) -> int:
         while not self.closed:
@@ -270,15 +198,16 @@ class Claims:
         return min(max(free, ahead - unstarted if unstarted <= self.work.low_water else 0), LARGEST_CLAIM)
 
     def _pace(self) -> float:
-        """Jobs finished per second, over the last tenths of a second."""
-        now, finished = time.monotonic(), self.work.finished
+        """How many jobs per second the threads can do: by the time the last ones took them, not by how many there were, because a process
+        that waits for work is not slow."""
+        now, finished, busy = time.monotonic(), self.work.finished, self.work.busy_seconds
         samples = self._pace_samples
         if now - samples[-1][0] > 0.02:
-            samples.append((now, finished))
+            samples.append((now, finished, busy))
         while len(samples) > 1 and samples[1][0] < now - 2 * AHEAD:
             samples.popleft()
-        then, before = samples[0]
-        return (finished - before) / max(now - then, AHEAD)
+        _, finished_before, busy_before = samples[0]
+        return (finished - finished_before) / max(busy - busy_before, 1e-6) * self.work.threads
 
     def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[db.Row], float | None]:
         if time.monotonic() - self._limits_read_at > self._poll_interval:
@@ -286,15 +215,15 @@ class Claims:
             self._limits_read_at = time.monotonic()
         return self._claim_limited(queue_name, deadline) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
 
-    def _claim_freely(self, queue_name: str, room: int) -> list[db.Row]:
+    def _claim_freely(self, queue_name: str, room: int, *, above: int | None = None) -> list[db.Row]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), and whenever
         fewer came than were asked for. So dead index entries, which an old snapshot keeps, are walked over rarely and not at each claim."""
         now = time.monotonic()
         from_start = now >= self._look_from_start_at.get(queue_name, 0.0)
         places = self._places.setdefault(queue_name, {})
-        if from_start:
+        if from_start and above is None:
             places.clear()
-        priorities = self._known_priorities(queue_name, now)
+        priorities = [priority for priority in self._known_priorities(queue_name, now) if above is None or priority < above]
         begin = [places.get(priority, BEGINNING) for priority in priorities]
         rows = self._database.run(
             "claim",
@@ -309,6 +238,8 @@ class Claims:
         rows.sort(key=_order)
         for priority, run_at, id in map(_order, {row[2]: row for row in rows}.values()):
             places[priority] = (run_at + "+00", id)
+        if above is not None:
+            return rows
         if len(rows) < room:
             self._look_from_start_at[queue_name] = 0.0
         elif from_start:
@@ -347,35 +278,57 @@ class Claims:
             room = min(room, 1) if paced else room
             if room <= 0:
                 return [], AHEAD
-            rows = db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=self._types(), n=room)
+            rows = sorted(
+                db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=self._types(), n=room), key=_order
+            )
             if rows and paced:
                 db.run(connection, "spend_start", queue=queue_name)
         return rows, None
 
-    def _note_work(self, queue_name: str) -> None:
-        """Work was found. Only after a row of finds without a pause is it worth a write to say that this process is awake."""
-        naps = self._asleep.get(queue_name, -1)
-        if naps >= 0:
-            if naps > 0:
-                self._asleep[queue_name] = 0
-            elif len(self.work.expected) > self.work.threads:
-                with contextlib.suppress(DatabaseUnavailable):
-                    self._database.run("wake", id=self._worker(), queue=queue_name)
-                    self._asleep[queue_name] = -1
+    def _note_work(self, queue_name: str, jobs: list[RunningJob], room: int) -> None:
+        """Work was found. When it comes briskly it is worth a write to say that this process is awake and needs no notifications."""
+        if len(jobs) > self.work.threads:
+            self.above = jobs[0].priority
+            self.busy.set()
+        brisk = self._briskness(queue_name, len(jobs)) > BRISK
+        if brisk and queue_name in self._naps:
+            with contextlib.suppress(DatabaseUnavailable):
+                self._database.run("wake", id=self._worker(), queue=queue_name)
+                del self._naps[queue_name]
+        if brisk and len(jobs) < room:
+            self._not_before[queue_name] = time.monotonic() + GATHER
 
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:
-        """Nothing was found. How long to wait: not at all right after saying that this process sleeps, then longer and longer."""
-        naps = self._asleep.get(queue_name, -1)
-        self._asleep[queue_name] = naps + 1
-        if naps < 0:
+        """Nothing was found. How long to wait: while work came briskly just now, a moment; not at all right after saying that this process
+        sleeps; then longer and longer."""
+        self.busy.clear()
+        if queue_name not in self._naps:
+            if self._briskness(queue_name, 0) > BRISK / 4:
+                return GATHER
             self._database.run("sleep", id=self._worker(), queue=queue_name)
+            self._naps[queue_name] = 0
             return 0
-        nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
+        nap = next(iter(NAPS[self._naps[queue_name] :]), self._poll_interval)
+        self._naps[queue_name] += 1
         return nap if pause is None else min(pause, self._poll_interval)
+
+    def _briskness(self, queue_name: str, found: int) -> float:
+        """About how many jobs were found in the last tenth of a second, `found` of them now: each counts half after 70 ms."""
+        now = time.monotonic()
+        then, briskness = self._found.get(queue_name, (now, 0.0))
+        briskness = briskness * 0.5 ** ((now - then) / 0.07) + found
+        self._found[queue_name] = (now, briskness)
+        return briskness
+
+    def _gather(self, queue_name: str) -> None:
+        """Wait a moment after a claim that emptied the queue, while work comes briskly: the next one then brings more than a job or two."""
+        left = self._not_before.pop(queue_name, 0.0) - time.monotonic()
+        if left > 0:
+            time.sleep(left)
 
     def forget(self) -> None:
         """This process is a new worker now: nobody knows what it sleeps on."""
-        self._asleep.clear()
+        self._naps.clear()
         self.wake_all()
 
 

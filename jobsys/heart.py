@@ -85,7 +85,10 @@ class Heart(threading.Thread):
             return
         with db.translated():
             # Beat first, also when this process believes that it is not registered: the answer may have been lost.
-            if not db.run(self._connection, "beat", id=presence.id):
+            beaten = db.run(self._connection, "beat", id=presence.id, suspect=presence.suspect)
+            if beaten:
+                presence.claims.workers = beaten[0][0]
+            else:
                 if self._registered == presence.id:
                     presence.come_back()
                 db.run(self._connection, "register_worker", **presence.row())

@@ -12,18 +12,18 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from dramatiq.errors import ConnectionError
-
 from jobsys import __version__, db, logs
 from jobsys.chores import Chores
-from jobsys.claims import LATEST_START, Claims, WorkQueue
+from jobsys.claims import LATEST_START, Claims
 from jobsys.errors import DatabaseUnavailable
 from jobsys.heart import Heart
 from jobsys.ids import new_job_id
 from jobsys.job_types import encode
+from jobsys.lookout import Lookout
 from jobsys.outcomes import Outcome, plain_text, release
 from jobsys.running import RunningJob
-from jobsys.settlements import Settlements
+from jobsys.settlements import Settlements, Writer
+from jobsys.work_queue import WorkQueue
 
 if TYPE_CHECKING:
     from jobsys.broker import JobsBroker
@@ -48,10 +48,14 @@ class Presence:
         self.running: set[RunningJob] = set()
         self.held: dict[str, RunningJob] = {}
         """Every job this process has claimed and not yet settled, by its id."""
+        self.suspect: str | None = None
+        """The job that runs alone, if one does."""
         self.must_end = threading.Event()
         """Set when a job could not be stopped: the process has to end, and be replaced."""
         self._database = db.Database(broker.database.url, size=3, wait=30, name="jobsys worker")
-        self.settlements = Settlements(self._database, written=self._outcome_was_written, lost=self._outcome_was_lost)
+        self.settlements = Settlements(
+            self._database, written=self._outcome_was_written, lost=self._outcome_was_lost, wrote=self.work.room.set
+        )
         self.claims = Claims(
             self._database,
             self.work,
@@ -65,12 +69,16 @@ class Presence:
         self._left = False
         self._heart = Heart(self)
         self._chores = Chores(self)
+        self._lookout = Lookout(self)
+        self._writer = Writer(self.settlements)
 
     def start(self) -> None:
         """Register, and start the heart and the chores. When the database is away the heart goes on trying."""
         self._heart.start()
         self._heart.first_beat.wait(5)
         self._chores.start()
+        self._lookout.start()
+        self._writer.start()
 
     def row(self) -> dict[str, Any]:
         """What the row in `workers` says of this process."""
@@ -106,12 +114,13 @@ class Presence:
     def give_back_unstarted(self) -> None:
         """Give back what was claimed and then found no free thread: another process may have one, and more urgent jobs may have come."""
         for job in self.work.take_back(time.monotonic() - LATEST_START):
-            self._settle_if_possible(job, release(job))
+            self.settle(job, release(job))
 
     def begin(self, job: RunningJob) -> bool:
-        """A thread is about to start a job. False: this worker was declared lost meanwhile, and the job is no longer its own."""
+        """A thread is about to start a job. False: it must not, because this worker was declared lost meanwhile and the job is no longer
+        its own, or because it is a suspect and the database can't be told."""
         self.running.add(job)
-        return job.worker == self.id
+        return job.worker == self.id and (not job.suspect or self._runs_alone(job.message_id))
 
     @property
     def unfinished(self) -> list[RunningJob]:
@@ -119,12 +128,14 @@ class Presence:
         return [job for job in list(self.running) if job.outcome is None]
 
     def settle(self, job: RunningJob, outcome: Outcome) -> None:
-        """Write how an attempt ended. Raises Dramatiq's ConnectionError when the database is away; the outcome is kept."""
+        """Have it written how an attempt ended."""
         if job.job.unreported or job.job.latest:
             self.report([job])
         self.work.expected.discard(job)
         self.settlements.add(outcome)
         self.running.discard(job)
+        if self.suspect == job.message_id:
+            self._runs_alone(None)
         if outcome.statement in ("retry", "bury"):
             _log_failure(outcome)
 
@@ -158,10 +169,7 @@ class Presence:
         job.stuff_exception(exception)
         self.broker.emit_after("process_message", job, exception=exception)
         consumer = self.broker.consume(job.queue_name)
-        try:
-            consumer.nack(job) if job.failed else consumer.ack(job)
-        except ConnectionError as error:
-            log.warning("its outcome will be written later", job_id=job.message_id, error=str(error))
+        consumer.nack(job) if job.failed else consumer.ack(job)
         self.must_end.set()
 
     def stop_claiming(self) -> None:
@@ -170,7 +178,7 @@ class Presence:
         To be repeated while the process ends: a claim that was on its way may still arrive."""
         self.claims.close()
         for job in self.work.close():
-            self._settle_if_possible(job, release(job))
+            self.settle(job, release(job))
         for job in list(self.running):
             job.stop("shutdown")
 
@@ -188,23 +196,27 @@ class Presence:
             deadline = time.monotonic() + LAST_WORDS
             while self.unfinished and time.monotonic() < deadline:
                 time.sleep(0.01)
+        self._lookout.stop()
         self._chores.stop()
         self._heart.stop()
         # Last, because somebody else may start them at once, and this process must be all but gone then.
         for job in self.unfinished:
-            self._settle_if_possible(job, release(job))
+            self.settle(job, release(job))
+        self._writer.stop()
         try:
             self.settlements.write()
             self._database.run("unregister_worker", id=self.id)
-        except (ConnectionError, DatabaseUnavailable) as error:
+        except DatabaseUnavailable as error:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
         self._database.close()
 
-    def _settle_if_possible(self, job: RunningJob, outcome: Outcome) -> None:
+    def _runs_alone(self, suspect: str | None) -> bool:
+        """Say which job runs alone, or that none does; whether that could be said."""
+        self.suspect = suspect
         try:
-            self.settle(job, outcome)
-        except ConnectionError as error:
-            log.warning("a job could not be given back; others will rescue it", job_id=job.message_id, error=str(error))
+            return bool(self._database.run("run_alone", id=self.id, job=suspect))
+        except DatabaseUnavailable:
+            return False  # the next beat says it
 
     def _hold(self, queue_name: str, rows: list[db.Row]) -> list[RunningJob]:
         jobs = [self.broker.make_running(row, queue_name, self.id) for row in rows]

@@ -1,18 +1,18 @@
 """Writing how attempts ended: in groups, fenced, and never lost while the process lives.
 
-The thread that ends a job hands the outcome over. If nobody is writing it writes at once, and goes on until nothing is left; whatever
-the others finish meanwhile goes into its next group. So a job that is alone is written at once, and a crowd shares commits.
+The thread that ends a job hands the outcome over and takes the next job; a thread of its own writes. An outcome that is alone is written at
+once; whatever ends while a write is on its way goes into the next one, so that a crowd shares commits.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
 import psycopg2
-from dramatiq.errors import ConnectionError
 
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
@@ -21,6 +21,9 @@ from jobsys.running import RunningJob
 from jobsys.submissions import insert
 
 LARGEST_GROUP = 500
+GATHER = 0.004
+"""Seconds from one write to the next, at least: who comes a moment after another shares a commit with whoever else does."""
+RETRY = 1.0
 UNSTORABLE = (psycopg2.DataError, psycopg2.IntegrityError, *db.NEVER_WORTH_REPEATING, ValueError, TypeError)
 """What says that one outcome is at fault, and not the database."""
 log = logs.get(__name__)
@@ -29,45 +32,60 @@ log = logs.get(__name__)
 class Settlements:
     """The outcomes of one process on their way into the database."""
 
-    def __init__(self, database: db.Database, *, written: Callable[[RunningJob], None], lost: Callable[[RunningJob], None]) -> None:
+    def __init__(
+        self,
+        database: db.Database,
+        *,
+        written: Callable[[RunningJob], None],
+        lost: Callable[[RunningJob], None],
+        wrote: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.some = threading.Event()
+        """Set when an outcome waits to be written."""
         self._database = database
         self._written = written
         self._lost = lost
+        self._wrote = wrote
         self._waiting: deque[Outcome] = deque()
         self._lock = threading.Lock()
-        self._writing = False
+        self._in_flight = 0
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        """How many outcomes are not written yet."""
+        return len(self._waiting) + self._in_flight
 
     def add(self, outcome: Outcome) -> None:
-        """Take an outcome over. Raises Dramatiq's ConnectionError when the database is away; what was taken over is kept, and
-        the next `add` or `write` tries again on a fresh connection. An outcome for a job that has one is ignored."""
+        """Take an outcome over. An outcome for a job that has one is ignored."""
         with self._lock:
-            if outcome.job.outcome is None:
-                outcome.job.outcome = outcome.statement
-                self._waiting.append(outcome)
-        self.write()
+            if outcome.job.outcome is not None:
+                return
+            outcome.job.outcome = outcome.statement
+            self._waiting.append(outcome)
+        if not self.some.is_set():
+            self.some.set()
 
     def write(self) -> None:
-        """Write whatever waits, unless another thread is at it. Raises Dramatiq's ConnectionError as `add` does."""
+        """Write whatever waits, unless another thread is at it. Raises DatabaseUnavailable when the database is away; what is not written
+        is kept, and the next `write` tries again on a fresh connection."""
         while True:
             with self._lock:
-                if self._writing or not self._waiting:
+                if self._in_flight or not self._waiting:
                     return
-                self._writing = True
                 group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_GROUP))]
+                self._in_flight = len(group)
             try:
                 self._write_group(group)
             except Exception as error:
                 # Whatever it was: what is not written stays, and is tried again.
                 with self._lock:
                     self._waiting.extendleft(outcome for outcome in reversed(group) if not outcome.job.settled)
-                if not isinstance(error, DatabaseUnavailable):
-                    log.exception("outcomes could not be written; they are tried again", outcomes=len(self._waiting))
-                raise ConnectionError(str(error)) from error
+                if isinstance(error, DatabaseUnavailable):
+                    raise
+                log.exception("outcomes could not be written; they are tried again", outcomes=len(self._waiting))
+                raise DatabaseUnavailable(str(error)) from error
             finally:
-                self._writing = False
+                self._in_flight = 0
+                self._wrote()
 
     def _write_group(self, group: list[Outcome]) -> None:
         try:
@@ -114,6 +132,35 @@ class Settlements:
             log.exception("neither the outcome nor its failure can be stored", job_id=outcome.job.message_id)
             outcome.job.settled = True
             self._lost(outcome.job)
+
+
+class Writer(threading.Thread):
+    """Writes outcomes as they come, until it is stopped."""
+
+    def __init__(self, settlements: Settlements) -> None:
+        super().__init__(name="jobsys writer", daemon=True)
+        self._settlements = settlements
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            self._settlements.some.wait()
+            self._settlements.some.clear()
+            began = time.monotonic()
+            try:
+                self._settlements.write()
+            except DatabaseUnavailable as error:
+                log.warning("outcomes wait for the database", outcomes=len(self._settlements), error=str(error))
+                self._stopped.wait(RETRY)
+                self._settlements.some.set()
+            self._stopped.wait(max(0.0, began + GATHER - time.monotonic()))
+
+    def stop(self) -> None:
+        """Begin no further write, and wait for the one at hand."""
+        self._stopped.set()
+        self._settlements.some.set()
+        if self.is_alive():
+            self.join(5)
 
 
 def _columns(outcomes: list[Outcome]) -> dict[str, Any]:

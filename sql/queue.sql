@@ -57,6 +57,24 @@ where id = any(array(
 returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
     (date_part('epoch', created_at) * 1000)::bigint, crashes;
 
+-- name: glance
+-- Does a job wait that is more urgent than what a worker has in memory? The queue of one; looked for from the same places as in `claim`.
+select place.queue
+from unnest(%(queues)s::text[], %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[])
+    as place(queue, priority, run_at, id)
+cross join lateral (
+    select from jobs
+    where jobs.status = 'PENDING'
+        and jobs.queue = place.queue
+        and jobs.priority = place.priority
+        and (jobs.run_at, jobs.id) > (place.run_at, place.id)
+        and jobs.type = any(%(types)s)
+    order by jobs.run_at, jobs.id  -- else the planner may think that any scan finds one soon
+    limit 1
+) as waiting
+order by place.priority
+limit 1;
+
 -- name: look_at_gate
 -- Before waiting for a free thread: is there a job for it, and may one start? No row while the queue is paused or empty; else the
 -- seconds until the next start is allowed, or until it is worth looking again whether the queue is still full.
@@ -273,13 +291,18 @@ where (job_types.queue, job_types.priority, job_types.max_attempts)
     is distinct from (excluded.queue, excluded.priority, excluded.max_attempts);
 
 -- name: beat
--- "I live, and this is my session." No row: this worker was declared lost, its jobs are no longer its own.
+-- "I live, and this is my session." And how many are we? No row: this worker was declared lost, its jobs are no longer its own.
 update workers
 set heartbeat_at = clock_timestamp(),
+    suspect = %(suspect)s::uuid,
     session_pid = pg_backend_pid(),
     session_start = (select backend_start from pg_stat_get_activity(pg_backend_pid()))
 where id = %(id)s
-returning id::text;
+returning (select count(*) from workers);
+
+-- name: run_alone
+-- Said before a suspect starts, and taken back (null) when it has ended.
+update workers set suspect = %(job)s::uuid where id = %(id)s returning id::text;
 
 -- name: sleep
 -- From here on whoever makes a job of this queue due sends a notification. Look once more before waiting for it.
@@ -325,28 +348,37 @@ where id = %(id)s and heartbeat_at < clock_timestamp() - least(lost_after, heart
 for update skip locked;
 
 -- name: rescue
--- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths. (One of them may
--- be the killer: who is one death away from that runs alone in its process, see WorkQueue, so that no innocent dies beside it.)
+-- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths. One of them is
+-- perhaps the killer: a suspect, whose next crash would be its last, runs alone, and the worker says so before. So when it is said,
+-- that one crashed and no other did; else the suspects were waiting, and all others count as running.
 with mine as (
-    select id, attempt, claim, started_at from jobs
+    select
+        jobs.id, attempt, claim, jobs.started_at,
+        case
+            when workers.suspect is not null then jobs.id = workers.suspect
+            else not (crashes > 0 and crashes + 1 >= %(max_crashes)s)
+        end as crashed
+    from jobs left join workers on workers.id = jobs.worker
     where status = 'PROCESSING' and worker = %(worker)s::uuid
-    order by id
+    order by jobs.id
     limit 500
-    for update
+    for update of jobs
+), ends as (
+    select mine.*, crashed and crashes + 1 >= %(max_crashes)s as dead from mine join jobs using (id)
 ), changed as (
     update jobs
     set status = case
             when stop_requested is not null then 'CANCELLED'
-            when crashes + 1 >= %(max_crashes)s then 'DEAD'
+            when dead then 'DEAD'
             else 'PENDING'
         end::job_status,
-        finished_at = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then clock_timestamp() end,
-        worker = case when stop_requested is not null or crashes + 1 >= %(max_crashes)s then jobs.worker end,
-        crashes = crashes + 1,
+        finished_at = case when stop_requested is not null or dead then clock_timestamp() end,
+        worker = case when stop_requested is not null or dead then jobs.worker end,
+        crashes = crashes + crashed::integer,
         error = jsonb_build_object('type', 'WorkerLost', 'message', %(message)s::text, 'attempt', jobs.attempt, 'at', clock_timestamp())
-    from mine
-    where jobs.id = mine.id
-    returning jobs.id, mine.attempt, mine.claim, mine.started_at, jobs.status
+    from ends
+    where jobs.id = ends.id
+    returning jobs.id, ends.attempt, ends.claim, ends.started_at, jobs.status
 ), kept as (
     insert into failures (job_id, claim, attempt, started_at, worker, type, message, traceback, fingerprint)
     select id, claim, attempt, started_at, %(worker)s::uuid, 'WorkerLost', %(message)s, '', 'WorkerLost' from changed

@@ -7,7 +7,8 @@
 -- a job, and starts again when an operator retries it; `claim` never goes down, and so it can be the fence.
 --
 -- A worker process keeps a row in `workers` and its heartbeat in it. When its database session is gone, or its heart silent
--- for too long, any other worker puts its jobs back (rescue). A job that was running at MAX_CRASHES such deaths is DEAD.
+-- for too long, any other worker puts its jobs back (rescue). A job that was running at MAX_CRASHES such deaths is DEAD: the last of
+-- them counts only when it ran alone.
 --
 -- Each failed attempt leaves a row in `failures`, written by the statement that ends the attempt: a job that succeeds pays
 -- nothing for history. `events` holds what a job logs and what operators do. `queues` has a row for each queue that is paused or limited.
@@ -131,7 +132,8 @@ create table workers (
     lost_after    interval    not null,     -- how long its silence may last
     session_pid   integer     not null,     -- the backend it beats through,
     session_start timestamptz not null,     -- and since when, because pids are used again
-    asleep        text[]      not null default '{}'   -- the queues it waits on for a notification
+    asleep        text[]      not null default '{}',  -- the queues it waits on for a notification
+    suspect       uuid                                -- the job it runs alone, because that may be a killer
 ) with (fillfactor = 50);
 
 create table queues (

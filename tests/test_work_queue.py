@@ -6,9 +6,9 @@ import queue
 
 import pytest
 
-from jobsys.claims import WorkQueue
 from jobsys.ids import new_job_id
 from jobsys.running import RunningJob
+from jobsys.work_queue import WorkQueue
 
 NOON = "2030-01-01 12:00:00"
 

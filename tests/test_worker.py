@@ -257,7 +257,8 @@ def test_a_killer_does_not_take_its_neighbours_along(system: JobSystem, start_wo
     others = system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 1}) for _ in range(6))
     start_worker(WORKER_THREADS=2)
     assert until(system, killer, "DEAD", timeout=60)
-    assert all(system.wait(id, 40).status == "COMPLETED" for id in others)
+    ends = [system.wait(id, 40) for id in others]
+    assert {end.status for end in ends} == {"COMPLETED"}, [(end.status, end.attempt, end.error) for end in ends]
 
 
 def test_losing_every_database_connection_loses_and_doubles_nothing(

@@ -1,51 +1,53 @@
-"""Jobs submitted per second from one client: one by one, each durable, and in bulk; beside bare inserts of the same columns."""
+"""Jobs submitted one by one from one client, each durable; the floor is a bare insert of the same row, a commit each."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from statistics import median
+from functools import partial
 
-from jobsys.system import JobSystem, Submission
-from tests.benchmarks.harness import Bench
+from jobsys.ids import new_job_id
+from tests.benchmarks import floor, peers
+from tests.benchmarks.harness import Bench, alternate
+from tests.benchmarks.peers import Peer
+from tests.benchmarks.result import Result
 
-ONE_BY_ONE = 2_000
-IN_BULK = 50_000
-RUNS = 3
+UNIT = "jobs/s"
 
 
-def measure(bench: Bench) -> list[tuple[str, float, str]]:
-    """Rows of the table: name, value, unit. No worker runs meanwhile."""
+def measure(bench: Bench) -> Result:
+    """No worker runs meanwhile."""
+    jobs = bench.sized(3_000)
+    contenders = {"jobsys": partial(ours, bench, jobs), "floor": partial(bare, bench, jobs)}
+    contenders |= {peer.name: partial(theirs, bench, peer, jobs) for peer in peers.available("pgqueuer", "procrastinate", "chancy")}
+    return Result.of_runs(UNIT, alternate(contenders, bench.runs), jobs=jobs)
+
+
+def ours(bench: Bench, jobs: int) -> float:
+    """By JobSystem.submit."""
     with bench.system() as system:
-        ways: dict[str, Callable[[], float]] = {
-            "submitted one by one": lambda: _one_by_one(system),
-            "floor: bare inserts, one by one": lambda: _bare(system),
-            "submitted in bulk (submit_many)": lambda: _in_bulk(system),
-        }
-        results: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(RUNS):
-            for name, way in ways.items():
-                results[name].append(way())
-    return [(name, median(values), "jobs/s") for name, values in results.items()]
-
-
-def _one_by_one(system: JobSystem) -> float:
-    start = time.perf_counter()
-    for _ in range(ONE_BY_ONE):
         system.submit("NOOP")
-    return ONE_BY_ONE / (time.perf_counter() - start)
-
-
-def _in_bulk(system: JobSystem) -> float:
-    start = time.perf_counter()
-    system.submit_many([Submission("NOOP") for _ in range(IN_BULK)])
-    return IN_BULK / (time.perf_counter() - start)
-
-
-def _bare(system: JobSystem) -> float:
-    """The same rows by a plain insert of one column into the same table, triggers and indexes included."""
-    with system.database.connection() as connection, connection.cursor() as cursor:
         start = time.perf_counter()
-        for _ in range(ONE_BY_ONE):
-            cursor.execute("insert into jobs (type) values ('NOOP')")
-        return ONE_BY_ONE / (time.perf_counter() - start)
+        for _ in range(jobs):
+            system.submit("NOOP")
+        return jobs / (time.perf_counter() - start)
+
+
+def bare(bench: Bench, jobs: int) -> float:
+    """By an insert."""
+    with floor.plain_table(bench) as url, contextlib.closing(floor.connect(url)) as connection, connection.cursor() as cursor:
+        start = time.perf_counter()
+        for _ in range(jobs):
+            cursor.execute(floor.INSERT, (new_job_id(),))
+        return jobs / (time.perf_counter() - start)
+
+
+def theirs(bench: Bench, peer: Peer, jobs: int) -> float:
+    """By a peer's call."""
+    with bench.database() as url:
+        peer.install(url)
+        with peer.client(url) as client:
+            client.submit()
+            start = time.perf_counter()
+            client.submit_each(jobs)
+            return jobs / (time.perf_counter() - start)

@@ -1,0 +1,138 @@
+"""The jobs a worker process has claimed and not started: what Dramatiq's threads take from."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+from jobsys.running import RunningJob
+
+Entry = tuple[tuple[int, str, str], RunningJob]
+
+
+class WorkQueue(queue.PriorityQueue):
+    """What Dramatiq's threads take from, in the order of the jobs themselves (Dramatiq's own orders by actor). Counts what it needs to
+    measure the pace.
+
+    A suspect (a job whose next crash would be its last) runs alone: it waits until nothing else runs here, and nothing else starts before
+    it has ended. So if it kills its process, it was itself.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.threads = threads
+        self.expected: set[RunningJob] = set()
+        """Jobs that were claimed and are not started: here, or on their way here."""
+        self.finished = 0
+        self.busy_seconds = 0.0
+        """What the finished ones took their threads, in all."""
+        self._started: dict[int, float] = {}
+        self.room = threading.Event()
+        """Set when another claim may be due."""
+        self.closed = False
+        self.low_water = 0
+        """So many unstarted jobs, or fewer, make room for a claim."""
+        self._suspects: list[Entry] = []
+        self._suspect_runs = False
+
+    def _qsize(self) -> int:
+        return len(self.queue) + len(self._suspects)
+
+    def put_all(self, jobs: list[RunningJob]) -> None:
+        """Put some jobs at once."""
+        with self.mutex:
+            for job in jobs:
+                self._put((0, job))
+            self.unfinished_tasks += len(jobs)
+            self.not_empty.notify(len(jobs))
+
+    def _put(self, item: tuple[int, RunningJob]) -> None:
+        job = item[1]
+        heappush(self._suspects if job.suspect else self.queue, (job.order, job))
+
+    def _get(self) -> tuple[int, RunningJob]:
+        if self.queue:
+            job = heappop(self.queue)[1]
+        else:
+            job = heappop(self._suspects)[1]
+            self._suspect_runs = True
+        self.expected.discard(job)
+        return (0, job)
+
+    @property
+    def _startable(self) -> bool:
+        if self._suspect_runs:
+            return False
+        return bool(self.queue) or (bool(self._suspects) and self.unfinished_tasks == len(self._suspects))
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        with self.not_empty:
+            if block and not self.closed and not self._startable:
+                self.not_empty.wait(timeout)
+            if self._startable and not self.closed if block else self._qsize():
+                self._started[threading.get_ident()] = time.monotonic()
+                return self._get()
+        if self.closed:
+            time.sleep(0.001)
+        raise queue.Empty
+
+    def task_done(self) -> None:
+        now = time.monotonic()
+        with self.mutex:
+            self.finished += 1
+            self.busy_seconds += now - self._started.get(threading.get_ident(), now)
+            self._forget(1)
+            if self._suspect_runs or self._suspects:
+                self._suspect_runs = False
+                self.not_empty.notify_all()
+        if len(self.expected) <= self.low_water and not self.room.is_set():
+            self.room.set()
+
+    @property
+    def could_start(self) -> bool:
+        """Whether a more urgent job would start soon: a thread is idle, or takes the next one from here presently."""
+        return not self.holds_suspects and (bool(self.queue) or self.idle_threads > 0)
+
+    @property
+    def holds_suspects(self) -> bool:
+        """Whether a suspect waits or runs: then nothing else is to be taken in."""
+        return self._suspect_runs or bool(self._suspects)
+
+    @property
+    def idle_threads(self) -> int:
+        """Threads with nothing to do and nothing waiting for them."""
+        return 0 if self.holds_suspects else self.threads - self.unfinished_tasks
+
+    def take_back(self, claimed_before: float) -> list[RunningJob]:
+        """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here."""
+        with self.mutex:
+            late = [job for _, job in [*self.queue, *self._suspects] if job.claimed_at < claimed_before]
+            if late:
+                self._keep(claimed_before)
+                self._forget(len(late))
+        return late
+
+    def close(self) -> list[RunningJob]:
+        """Hand nothing out any more; the jobs that were not started."""
+        with self.mutex:
+            self.closed = True
+            unstarted = [job for _, job in [*self.queue, *self._suspects]]
+            self._keep(math.inf)
+            self._forget(len(unstarted))
+            self.not_empty.notify_all()
+        self.room.set()
+        return unstarted
+
+    def _keep(self, claimed_since: float) -> None:
+        for entries in (self.queue, self._suspects):
+            entries[:] = [entry for entry in entries if entry[1].claimed_at >= claimed_since]
+            heapify(entries)
+
+    def _forget(self, jobs: int) -> None:
+        self.unfinished_tasks -= jobs
+        if self.unfinished_tasks == 0:
+            self.all_tasks_done.notify_all()

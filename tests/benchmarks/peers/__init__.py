@@ -1,0 +1,94 @@
+"""Other job servers on PostgreSQL, each tuned as its own documentation and benchmark say, in two worker processes like ours.
+
+A module a peer: its `main` is one worker process, and its `PEER` says how to install, submit and look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib import metadata
+from typing import Protocol
+
+from tests.benchmarks.harness import CHECKOUT, PROCESSES, execute, program, tell, wait_until
+from tests.benchmarks.marks import Marks
+
+
+class Client(Protocol):
+    """Submits jobs, each committed when the call returns."""
+
+    def submit(self, number: int | None = None, *, urgent: bool = False) -> None:
+        """One job: a no-op, or with a number one that marks its beginning."""
+
+    def submit_each(self, jobs: int) -> None:
+        """So many no-ops, one by one."""
+
+    def submit_many(self, jobs: int) -> None:
+        """So many no-ops, as the peer does that fastest."""
+
+    def submit_due(self, jobs: int, delay: timedelta) -> float:
+        """Marked jobs with the numbers from 0, all due in the same instant; which that is, in seconds of the clock."""
+
+
+class Peer:
+    """One peer. `backlog` is what it drains, and `bulk` what it takes in, in some seconds."""
+
+    distribution: str
+    backlog: int
+    bulk = 100_000
+    tuning: str
+    unfinished: str
+    """A query: is anything left to do?"""
+    waiting: str
+    """A query: how many jobs wait?"""
+    span: str
+    """A query: seconds from the first start to the last end."""
+
+    @property
+    def name(self) -> str:
+        """Its name and version."""
+        return f"{self.distribution} {metadata.version(self.distribution)}"
+
+    def install(self, url: str) -> None:
+        """Make its tables in an empty database."""
+        raise NotImplementedError
+
+    def client(self, url: str) -> contextlib.AbstractContextManager[Client]:
+        """Somebody who submits."""
+        raise NotImplementedError
+
+    def command(self, url: str) -> list[str]:
+        """One worker process."""
+        return [sys.executable, "-m", __name__, type(self).__module__, url]
+
+    @contextlib.contextmanager
+    def workers(self, url: str, marks: Marks | None = None) -> Iterator[None]:
+        """Two worker processes, until the block ends."""
+        env = os.environ | {"PYTHONPATH": str(CHECKOUT)} | (marks.environment if marks else {})
+        with contextlib.ExitStack() as stack:
+            for _ in range(PROCESSES):
+                stack.enter_context(program(self.command(url), env))
+            yield
+
+    def wait_until_drained(self, url: str, timeout: float = 120.0) -> None:
+        """Return when nothing is left to do."""
+        wait_until(lambda: not execute(url, self.unfinished)[0][0], f"{self.name} had finished every job", timeout=timeout)
+
+    def rate(self, url: str, jobs: int) -> float:
+        """Jobs per second, from the first start to the last end."""
+        return jobs / float(execute(url, self.span)[0][0])
+
+
+def available(*names: str) -> list[Peer]:
+    """Those peers that are installed; who is not is named on stderr."""
+    found = []
+    for name in names:
+        try:
+            found.append(importlib.import_module(f"{__name__}.{name}").PEER)
+        except Exception as error:
+            tell(f"  {name} is left out: {type(error).__name__}: {error}")
+    return found

@@ -1,0 +1,82 @@
+"""Jobs that take their time, 20 ms each: the share of what sixteen threads could do at the very best."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from functools import partial
+from statistics import median
+from typing import Any
+
+from tests.benchmarks.harness import PROCESSES, Bench, alternate, drain_rate, fill, wait_for_completed
+from tests.benchmarks.job_types import spin
+from tests.benchmarks.result import Result
+
+UNIT = "share"
+THREADS = 8
+SLEEP = 0.02
+SPIN = 0.001
+"""Seconds of Python's work in a job of the other kind."""
+
+
+def measure(bench: Bench) -> Result:
+    """The median of the shares; details have jobs of 1 ms of Python's work, as a share of what two bare processes do at the same time."""
+    ideal = PROCESSES * THREADS / SLEEP
+    sleeping = partial(drain, bench, "SLEEP", f'{{"seconds": {SLEEP}}}', bench.sized(8_000))
+    rates = alternate({"jobsys": sleeping}, bench.runs)
+    shares = [rate / ideal for rate in rates["jobsys"]]
+    return Result.of_runs(UNIT, {"jobsys": shares}, ideal=ideal, rate=median(rates["jobsys"]), python_work=of_python_work(bench))
+
+
+def of_python_work(bench: Bench) -> dict[str, Any]:
+    """Rates in jobs a second, and their share."""
+    rounds, jobs = calibrated(), bench.sized(10_000)
+    contenders = {
+        "jobsys": partial(drain, bench, "SPIN", f'{{"rounds": {rounds}}}', jobs),
+        "ideal": partial(bare, rounds, jobs // PROCESSES),
+    }
+    rates = {name: median(values) for name, values in alternate(contenders, bench.few_runs).items()}
+    return {"share": rates["jobsys"] / rates["ideal"], **rates}
+
+
+def drain(bench: Bench, type: str, payload: str, jobs: int) -> float:
+    """The rate of one drain."""
+    with bench.system() as system, bench.workers(system, threads=THREADS):
+        fill(system, jobs, type=type, payload=payload)
+        wait_for_completed(system, jobs)
+        return drain_rate(system, type)
+
+
+def calibrated() -> int:
+    """How many rounds take that long."""
+    rounds = 1_000
+    while (took := _time(rounds)) < 20 * SPIN:
+        rounds *= 2
+    return int(rounds * SPIN / min(took, *(_time(rounds) for _ in range(5))))
+
+
+def bare(rounds: int, times: int) -> float:
+    """What processes that do nothing else do in a second."""
+    spawn = multiprocessing.get_context("spawn")
+    ready, answers = spawn.Barrier(PROCESSES), spawn.Queue()
+    processes = [spawn.Process(target=_spin, args=(rounds, times, ready, answers)) for _ in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    rate = sum(times / answers.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return float(rate)
+
+
+def _spin(rounds: int, times: int, ready: Any, answers: Any) -> None:
+    ready.wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        spin(rounds)
+    answers.put(time.perf_counter() - start)
+
+
+def _time(rounds: int) -> float:
+    start = time.perf_counter()
+    spin(rounds)
+    return time.perf_counter() - start
