@@ -14,8 +14,10 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
@@ -100,7 +102,8 @@ def configure(settings: Settings, *, process: str) -> None:
 
 def printable(value: Any) -> str:
     """The text of `value` on one line, with whatever could steer a terminal escaped."""
-    return str(value).translate(_ESCAPES)
+    text = str(value)
+    return text if text.isprintable() else text.translate(_ESCAPES)
 
 
 def gunicorn_logger_class() -> type:
@@ -201,7 +204,7 @@ def _presentable(key: str, value: Any, mask: Callable[[str], str]) -> Any:
     """The value without secrets, and cut when it is long: a log line is no place for a million rows."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    if _SECRET_KEY.search(key):
+    if _is_secret(key):
         return "***"
     text = _as_json(value) if isinstance(value, (dict, list, tuple)) else str(value).rstrip("\n")
     longest = LONGEST_TRACEBACK if key == "exception" else LONGEST_VALUE
@@ -212,15 +215,20 @@ def _presentable(key: str, value: Any, mask: Callable[[str], str]) -> Any:
     return mask(text)
 
 
+@lru_cache(1000)
+def _is_secret(key: str) -> bool:
+    return _SECRET_KEY.search(key) is not None
+
+
 def _line(event: EventDict, process: str, *, short: bool, colours: bool) -> str:
     def paint(text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if colours else text
 
     record, own = event.pop("_record"), event.pop("_from_structlog")
     level = record.levelname.lower()
-    time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3] if short else _utc(record.created)
+    moment = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3] if short else _utc(record.created)
     traceback = event.pop("exception", "") or event.pop("stack_info", None) or ""
-    words = [paint(time, "2"), paint(f"{level:<8}", _COLOURS.get(level, "0"))]
+    words = [paint(moment, "2"), paint(f"{level:<8}", _COLOURS.get(level, "0"))]
     if not short:
         words.append(f"{process}[{record.process}]")
     words.append(paint(printable(event.pop("event", "")), "1" if level != "debug" else "2"))
@@ -253,11 +261,17 @@ def _text(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    return text if text and not set(text) & set(' ="') else '"' + text.replace('"', '\\"') + '"'
+    return text if text and " " not in text and "=" not in text and '"' not in text else '"' + text.replace('"', '\\"') + '"'
 
 
 def _utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    whole, milliseconds = divmod(int(seconds * 1000), 1000)
+    return f"{_whole_second(whole)}.{milliseconds:03}Z"
+
+
+@lru_cache(8)
+def _whole_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _masker(settings: Settings) -> Callable[[str], str]:
@@ -272,7 +286,14 @@ def _masker(settings: Settings) -> Callable[[str], str]:
     own = {settings.smtp_password, settings.admin_pass, settings.admin_password, settings.jwt_secret, in_url, unquote(in_url)}
     known = {text for secret in own if secret and len(secret) >= 6 for text in (secret, _as_json(secret)[1:-1])}
     secrets = re.compile("|".join(re.escape(secret) for secret in sorted(known, key=len, reverse=True)) or r"(?!)")
-    return lambda line: secrets.sub("***", _PASSWORDS.sub(lambda match: f"{match['before'] or match['key']}***", line))
+
+    def mask(text: str) -> str:
+        # What looks like a password has one of these in it; most values have none.
+        if "=" in text or ":" in text:
+            text = _PASSWORDS.sub(lambda match: f"{match['before'] or match['key']}***", text)
+        return secrets.sub("***", text)
+
+    return mask
 
 
 def _log_dead_thread(args: Any) -> None:

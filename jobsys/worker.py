@@ -159,6 +159,7 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     system = JobSystem(settings, pool_size=settings.worker_threads + 2)
     while not ends and not _prepared(system):
         wakeup.wait(1)
+    system.database.close()  # idle until a job submits another
     worker = dramatiq.Worker(system.broker, worker_threads=settings.worker_threads, worker_timeout=int(settings.poll_interval * 1000))
     system.broker.emit_after("process_boot")
     # What was made until now stays: the collector needn't look at it again. And jobs come by the hundred: not after every 700 objects.

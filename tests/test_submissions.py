@@ -1,0 +1,133 @@
+"""Jobs on their way into the table: alone, in a crowd, and a great many at once."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg2
+import pytest
+from conftest import execute
+
+from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission
+from jobsys.submissions import MANY
+from jobsys.system import JobSystem, Submission
+
+PEOPLE = 24
+
+
+@pytest.fixture
+def held(system: JobSystem, database_url: str) -> Any:
+    """Holds up every insert of a job until it is let go."""
+    with contextlib.closing(psycopg2.connect(database_url)) as connection:
+        connection.cursor().execute("lock table jobs in share mode")
+        yield connection
+
+
+def crowd(system: JobSystem, held: Any, *submissions: Submission) -> list[Any]:
+    """What becomes of submissions that arrive while the first one is still being inserted: records and exceptions."""
+
+    def submit(submission: Submission) -> Any:
+        try:
+            return system.submit(submission.type, submission.payload, idempotency_key=submission.idempotency_key)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(submissions)) as threads:
+        futures = [threads.submit(submit, submission) for submission in submissions]
+        while len(system._submissions._waiting) < len(submissions) - 1:
+            threading.Event().wait(0.01)
+        held.commit()
+        return [future.result() for future in futures]
+
+
+def test_a_crowd_shares_a_commit_and_each_gets_its_own_job(system: JobSystem, held: Any, database_url: str) -> None:
+    records = crowd(system, held, *(Submission("TEST_JOB", {"n": n}) for n in range(PEOPLE)))
+    assert [record.payload["n"] for record in records] == list(range(PEOPLE))
+    assert {record.id for record in records} == {job.id for job in system.jobs().jobs}
+    assert execute(database_url, "select count(distinct xmin::text) from jobs") == [(2,)], "the first alone, all others together"
+
+
+def test_a_key_that_a_crowd_shares_makes_one_job(system: JobSystem, held: Any) -> None:
+    records = crowd(system, held, *(Submission("TEST_JOB", idempotency_key="k") for _ in range(PEOPLE)))
+    assert len({record.id for record in records}) == 1
+    assert sum(record.replayed for record in records) == PEOPLE - 1
+
+
+def test_a_submission_that_is_refused_takes_no_neighbour_along(system: JobSystem, held: Any, database_url: str) -> None:
+    taken = Submission("TEST_JOB", {"n": 1}, idempotency_key="k")
+    other = Submission("TEST_JOB", {"n": 2}, idempotency_key="k")
+    results = crowd(system, held, taken, *(Submission("TEST_JOB") for _ in range(5)), other)
+    assert [type(result) for result in results if isinstance(result, Exception)] == [IdempotencyConflict]
+    assert execute(database_url, "select count(*) from jobs") == [(6,)]
+
+
+def test_when_the_database_goes_away_every_one_of_a_crowd_is_told(system: JobSystem, held: Any, database_url: str, server: str) -> None:
+    def cut() -> None:
+        execute(
+            database_url,
+            "select pg_terminate_backend(pid) from pg_stat_activity where wait_event_type = 'Lock' and pid <> pg_backend_pid()",
+        )
+
+    threading.Timer(1, cut).start()
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(system.submit, "TEST_JOB") for _ in range(4)]
+        threading.Event().wait(1.5)
+        held.commit()
+        ends = [future.exception() for future in futures]
+    assert any(isinstance(end, DatabaseUnavailable) for end in ends)
+    assert execute(database_url, "select count(*) from jobs") == [(sum(end is None for end in ends),)]
+
+
+def many() -> list[Submission]:
+    """More than are inserted one by one, of every kind, with text that COPY would take for something else."""
+    submissions = [Submission("TEST_JOB", {"text": f"{n}\t\\N\\\\ \"quoted\" 'it' \n é \u2028 \\.", "n": n}) for n in range(3 * MANY)]
+    submissions[5] = Submission("TEST_JOB", {"n": 5}, delay=3600)
+    submissions[MANY + 7] = Submission("TEST_JOB", {"n": MANY + 7}, idempotency_key="key", priority="high")
+    return submissions
+
+
+def test_many_arrive_as_they_were_given_and_in_that_order(system: JobSystem) -> None:
+    first = system.submit("TEST_JOB", {"n": MANY + 7}, idempotency_key="key", priority="high")
+    submissions = many()
+    ids = system.submit_many(iter(submissions))
+    assert ids[MANY + 7] == first.id
+    for id, submission in zip(ids, submissions, strict=True):
+        assert system.job(id).payload == submission.payload
+    assert system.job(ids[5]).status == "SCHEDULED"
+    rest = [id for id in ids if id != first.id]
+    assert rest == sorted(rest) and system.totals()["jobs_created"] == len(submissions)
+
+
+@pytest.mark.parametrize("place", [3, 2 * MANY])
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_one_that_is_invalid_leaves_nothing_of_many_and_the_transaction_usable(
+    system: JobSystem, database_url: str, place: int, autocommit: bool
+) -> None:
+    submissions = many()
+    submissions[place] = Submission("TEST_JOB", {"sleepMs": "no"})
+    with contextlib.closing(psycopg2.connect(database_url)) as connection:
+        connection.autocommit = autocommit
+        cursor = connection.cursor()
+        cursor.execute("create temp table mine (n integer)")
+        for own in (None, connection):
+            with pytest.raises(InvalidSubmission) as refused:
+                system.submit_many(submissions, connection=own)
+            assert refused.value.errors[0]["loc"][0] == place
+        cursor.execute("select count(*) from mine")
+        if not autocommit:
+            connection.commit()
+    assert system.counts()["PENDING"] == 0
+
+
+def test_many_are_part_of_the_callers_transaction(system: JobSystem, database_url: str) -> None:
+    with contextlib.closing(psycopg2.connect(database_url)) as connection:
+        system.submit_many(many(), connection=connection)
+        assert system.counts()["PENDING"] == 0
+        connection.rollback()
+        assert system.counts()["PENDING"] == 0
+        system.submit_many(many(), connection=connection)
+        connection.commit()
+    assert system.counts()["PENDING"] == 3 * MANY - 1
