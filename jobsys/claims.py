@@ -23,7 +23,7 @@ AHEAD = 0.1
 """Seconds of work a process holds in memory."""
 LATEST_START = 1.0
 """Seconds after which a job that is still held in memory goes back to the queue: the pace was measured on jobs that were faster."""
-LARGEST_CLAIM = 300
+LARGEST_CLAIM = 500
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 BRISK = 30.0
 """So many jobs in a tenth of a second, found in one queue by one process, are a crowd…"""
@@ -162,7 +162,7 @@ class Claims:
         names = ("queues", "priorities", "from_run_at", "from_id")
         columns = {name: list(column) for name, column in zip(names, zip(*looks, strict=True), strict=True)}
         found = self._database.run("glance", types=self._types(), **columns)
-        if not found:
+        if not found or self.closed:
             return []
         jobs = self._make(found[0][0], self._claim_freely(found[0][0], self.work.threads, above=above))
         self.work.expected.update(jobs)
@@ -294,7 +294,7 @@ class Claims:
         if brisk and queue_name in self._naps:
             with contextlib.suppress(DatabaseUnavailable):
                 self._database.run("wake", id=self._worker(), queue=queue_name)
-                del self._naps[queue_name]
+                self._naps.pop(queue_name, None)
         if brisk and len(jobs) < room:
             self._not_before[queue_name] = time.monotonic() + GATHER
 
@@ -308,8 +308,9 @@ class Claims:
             self._database.run("sleep", id=self._worker(), queue=queue_name)
             self._naps[queue_name] = 0
             return 0
-        nap = next(iter(NAPS[self._naps[queue_name] :]), self._poll_interval)
-        self._naps[queue_name] += 1
+        naps = self._naps.get(queue_name, 0)
+        self._naps[queue_name] = naps + 1
+        nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)
 
     def _briskness(self, queue_name: str, found: int) -> float:

@@ -162,15 +162,24 @@ def run(connection: Any, name: str, /, **parameters: Any) -> list[Row]:
 def nested(connection: Any) -> Iterator[None]:
     """A block on somebody else's connection, whose statements happen all or not at all: a transaction of their own in autocommit, else
     part of the one at hand, which stays usable when the block raises."""
-    if connection.autocommit:
-        with connection:
-            yield
-        return
+    if connection.autocommit and connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE:
+        try:
+            connection.__enter__()
+        except psycopg2.ProgrammingError:
+            pass  # inside a `with connection` of the caller's, which has not said BEGIN yet
+        else:
+            try:
+                yield
+            except BaseException as error:
+                connection.__exit__(type(error), error, error.__traceback__)
+                raise
+            connection.__exit__(None, None, None)
+            return
     with connection.cursor() as cursor:
         cursor.execute("savepoint jobsys")
         try:
             yield
-        except Exception:
+        except BaseException:
             if not connection.closed:
                 cursor.execute("rollback to savepoint jobsys")
             raise

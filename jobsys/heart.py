@@ -85,7 +85,8 @@ class Heart(threading.Thread):
             return
         with db.translated():
             # Beat first, also when this process believes that it is not registered: the answer may have been lost.
-            beaten = db.run(self._connection, "beat", id=presence.id, suspect=presence.suspect)
+            with presence.telling:
+                beaten = db.run(self._connection, "beat", id=presence.id, suspect=presence.suspect)
             if beaten:
                 presence.claims.workers = beaten[0][0]
             else:
@@ -93,6 +94,7 @@ class Heart(threading.Thread):
                     presence.come_back()
                 db.run(self._connection, "register_worker", **presence.row())
                 db.run(self._connection, "declare_types", **presence.broker.declared_types())
+                presence.claims.forget()
             self._registered = presence.id
         self._beat_at = time.monotonic() + presence.settings.worker_heartbeat
         self.first_beat.set()

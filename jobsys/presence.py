@@ -66,6 +66,9 @@ class Presence:
             poll_interval=settings.poll_interval,
         )
         self._reporting = threading.Lock()
+        self._holding = threading.Lock()
+        self.telling = threading.Lock()
+        """Held while the database is told what runs alone, so that no older word overtakes a newer one."""
         self._left = False
         self._heart = Heart(self)
         self._chores = Chores(self)
@@ -199,9 +202,12 @@ class Presence:
         self._lookout.stop()
         self._chores.stop()
         self._heart.stop()
-        # Last, because somebody else may start them at once, and this process must be all but gone then.
-        for job in self.unfinished:
-            self.settle(job, release(job))
+        # Last, because somebody else may start them at once, and this process must be all but gone then. Also what was claimed and is still
+        # on its way into memory.
+        self.stop_claiming()
+        for job in list(self.held.values()):
+            if job.outcome is None:
+                self.settle(job, release(job))
         self._writer.stop()
         try:
             self.settlements.write()
@@ -212,20 +218,23 @@ class Presence:
 
     def _runs_alone(self, suspect: str | None) -> bool:
         """Say which job runs alone, or that none does; whether that could be said."""
-        self.suspect = suspect
-        try:
-            return bool(self._database.run("run_alone", id=self.id, job=suspect))
-        except DatabaseUnavailable:
-            return False  # the next beat says it
+        with self.telling:
+            self.suspect = suspect
+            try:
+                return bool(self._database.run("run_alone", id=self.id, job=suspect))
+            except DatabaseUnavailable:
+                return False  # the next beat says it
 
     def _hold(self, queue_name: str, rows: list[db.Row]) -> list[RunningJob]:
         jobs = [self.broker.make_running(row, queue_name, self.id) for row in rows]
-        self.held.update((job.message_id, job) for job in jobs)
+        with self._holding:
+            self.held.update((job.message_id, job) for job in jobs)
         return jobs
 
     def _outcome_was_written(self, job: RunningJob) -> None:
-        if self.held.get(job.message_id) is job:
-            del self.held[job.message_id]
+        with self._holding:
+            if self.held.get(job.message_id) is job:
+                del self.held[job.message_id]
 
     def _outcome_was_lost(self, job: RunningJob) -> None:
         self._outcome_was_written(job)

@@ -52,7 +52,8 @@ class Settlements:
 
     def __len__(self) -> int:
         """How many outcomes are not written yet."""
-        return len(self._waiting) + self._in_flight
+        with self._lock:
+            return len(self._waiting) + self._in_flight
 
     def add(self, outcome: Outcome) -> None:
         """Take an outcome over. An outcome for a job that has one is ignored."""

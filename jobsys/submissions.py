@@ -43,6 +43,8 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those whose key was not taken."""
     if len(jobs) == 1 and jobs[0].plain:
         return db.run(connection, "submit", **jobs[0]._asdict())
+    # In the order of their keys: two transactions that wait for each other's keys would be a deadlock.
+    jobs = sorted(jobs, key=lambda job: job.idempotency_key or "")
     rows = []
     for start in range(0, len(jobs), LARGEST_INSERT):
         columns = zip(*jobs[start : start + LARGEST_INSERT], strict=True)
@@ -69,7 +71,7 @@ class _Rows:
     """Jobs as a file in COPY's text format, made as it is read."""
 
     def __init__(self, jobs: Iterable[Submitted]) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._lines = (_line(job) for job in jobs)
         self._rest = ""
 
@@ -83,8 +85,8 @@ class _Rows:
                     break
                 lines.append(line)
                 length += len(line)
-        except Exception as error:
-            # psycopg2 makes its own error of whatever is raised here.
+        except BaseException as error:
+            # psycopg2 makes its own error of whatever is raised here, be it a stop or Ctrl-C.
             self.error = error
             raise
         text = "".join(lines)
@@ -115,6 +117,10 @@ class Submissions:
     def insert(self, job: Submitted) -> db.Row | None:
         """(id, status, run_at, created_at) of the job, committed; None when its key is taken. Raises DatabaseUnavailable, and
         psycopg2.DataError for what PostgreSQL can't store."""
+        if job.idempotency_key is not None:
+            # A key may have to wait for somebody's open transaction: alone.
+            with self._database.connection() as connection:
+                return next(iter(insert(connection, [job])), None)
         turn = _Turn(job)
         # A job's function may submit, and be stopped meanwhile: not in here, where others wait.
         with undisturbed():
@@ -122,7 +128,12 @@ class Submissions:
                 self._waiting.append(turn)
                 leads = not self._inserting
                 self._inserting = True
-            if leads or turn.wait():
+            try:
+                leads = leads or turn.wait()
+            except BaseException:  # Ctrl-C
+                self._withdraw(turn)
+                raise
+            if leads:
                 self._lead()
         if turn.error is not None:
             raise turn.error
@@ -141,6 +152,15 @@ class Submissions:
                     self._waiting[0].end(leads=True)
             for turn in group:
                 turn.end()
+
+    def _withdraw(self, turn: _Turn) -> None:
+        """A thread gives up waiting: nobody is to wait for it, should it just have been given the lead."""
+        with self._lock:
+            leads = turn.leads
+            if turn in self._waiting and not leads:
+                self._waiting.remove(turn)
+        if leads:
+            self._lead()
 
     def _insert(self, group: list[_Turn]) -> None:
         try:
@@ -166,17 +186,17 @@ class _Turn:
     def __init__(self, job: Submitted) -> None:
         self.job = job
         self.error: Exception | None = DatabaseUnavailable("interrupted while the job was being inserted")
-        self._leads = False
+        self.leads = False
         self._ended = threading.Lock()
         self._ended.acquire()
 
     def wait(self) -> bool:
         """Wait until the job was inserted, or it is this thread's turn to insert: True."""
         self._ended.acquire()
-        return self._leads
+        return self.leads
 
     def end(self, *, leads: bool = False) -> None:
         """End the wait."""
         if self._ended.locked():
-            self._leads = leads
+            self.leads = leads
             self._ended.release()

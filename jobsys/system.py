@@ -201,7 +201,8 @@ class JobSystem:
         A job whose idempotency key was used before is not made again: its place has the first job's id. Raises InvalidSubmission with the
         item's number at the front of each `loc`.
         """
-        jobs = (self._described(submission, (number,)) for number, submission in enumerate(submissions))
+        # Whatever yields the submissions may take its time: not while the transaction is open.
+        jobs = (self._described(submission, (number,)) for number, submission in enumerate(list(submissions)))
         first = list(islice(jobs, MANY))
         write = self._insert_all if len(first) < MANY else self._stream_all
         if connection is None:

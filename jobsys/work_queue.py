@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -61,6 +60,7 @@ class WorkQueue(queue.PriorityQueue):
             job = heappop(self._suspects)[1]
             self._suspect_runs = True
         self.expected.discard(job)
+        self._signal_room()
         return (0, job)
 
     @property
@@ -89,8 +89,7 @@ class WorkQueue(queue.PriorityQueue):
             if self._suspect_runs or self._suspects:
                 self._suspect_runs = False
                 self.not_empty.notify_all()
-        if len(self.expected) <= self.low_water and not self.room.is_set():
-            self.room.set()
+        self._signal_room()
 
     @property
     def could_start(self) -> bool:
@@ -108,11 +107,13 @@ class WorkQueue(queue.PriorityQueue):
         return 0 if self.holds_suspects else self.threads - self.unfinished_tasks
 
     def take_back(self, claimed_before: float) -> list[RunningJob]:
-        """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here."""
+        """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here. Suspects
+        stay: given back they would come again, and never find the process empty."""
         with self.mutex:
-            late = [job for _, job in [*self.queue, *self._suspects] if job.claimed_at < claimed_before]
+            late = [job for _, job in self.queue if job.claimed_at < claimed_before]
             if late:
-                self._keep(claimed_before)
+                self.queue = [entry for entry in self.queue if entry[1].claimed_at >= claimed_before]
+                heapify(self.queue)
                 self._forget(len(late))
         return late
 
@@ -121,16 +122,16 @@ class WorkQueue(queue.PriorityQueue):
         with self.mutex:
             self.closed = True
             unstarted = [job for _, job in [*self.queue, *self._suspects]]
-            self._keep(math.inf)
+            self.queue.clear()
+            self._suspects.clear()
             self._forget(len(unstarted))
             self.not_empty.notify_all()
         self.room.set()
         return unstarted
 
-    def _keep(self, claimed_since: float) -> None:
-        for entries in (self.queue, self._suspects):
-            entries[:] = [entry for entry in entries if entry[1].claimed_at >= claimed_since]
-            heapify(entries)
+    def _signal_room(self) -> None:
+        if len(self.expected) <= self.low_water and not self.room.is_set():
+            self.room.set()
 
     def _forget(self, jobs: int) -> None:
         self.unfinished_tasks -= jobs

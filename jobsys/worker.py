@@ -21,6 +21,7 @@ import dramatiq
 
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
+from jobsys.presence import Presence
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
@@ -176,13 +177,19 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     presence.stop_claiming()
     deadline = time.monotonic() + settings.shutdown_grace
     # A second signal hurries; a job that can't be stopped is written off already and is not waited for.
-    while (presence.unfinished or len(presence.settlements)) and time.monotonic() < deadline and len(ends) <= max(1, reasons):
+    while _unfinished(presence) and time.monotonic() < deadline and len(ends) <= max(1, reasons):
         time.sleep(0.02)
         presence.stop_claiming()
     worker.stop(timeout=0 if presence.unfinished else 2000)
     system.close()
     log.info("worker has ended", reason=ends[0] if ends else "a job that could not be stopped")
     return 0 if ends else REPLACED
+
+
+def _unfinished(presence: Presence) -> bool:
+    """Whether a job runs, is just about to, or has ended and that is not written."""
+    started = 0 if presence.must_end.is_set() else presence.work.unfinished_tasks
+    return bool(presence.unfinished or started or len(presence.settlements))
 
 
 def _prepared(system: JobSystem) -> bool:

@@ -11,7 +11,8 @@ import psycopg2
 import pytest
 from conftest import execute
 
-from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission
+from jobsys import submissions
+from jobsys.errors import DatabaseUnavailable, InvalidSubmission
 from jobsys.submissions import MANY
 from jobsys.system import JobSystem, Submission
 
@@ -31,7 +32,7 @@ def crowd(system: JobSystem, held: Any, *submissions: Submission) -> list[Any]:
 
     def submit(submission: Submission) -> Any:
         try:
-            return system.submit(submission.type, submission.payload, idempotency_key=submission.idempotency_key)
+            return system.submit(submission.type, submission.payload)
         except Exception as error:
             return error
 
@@ -50,18 +51,34 @@ def test_a_crowd_shares_a_commit_and_each_gets_its_own_job(system: JobSystem, he
     assert execute(database_url, "select count(distinct xmin::text) from jobs") == [(2,)], "the first alone, all others together"
 
 
-def test_a_key_that_a_crowd_shares_makes_one_job(system: JobSystem, held: Any) -> None:
-    records = crowd(system, held, *(Submission("TEST_JOB", idempotency_key="k") for _ in range(PEOPLE)))
+def test_a_key_that_many_threads_use_makes_one_job(system: JobSystem) -> None:
+    with ThreadPoolExecutor(PEOPLE) as threads:
+        records = list(threads.map(lambda _: system.submit("TEST_JOB", idempotency_key="k"), range(PEOPLE)))
     assert len({record.id for record in records}) == 1
     assert sum(record.replayed for record in records) == PEOPLE - 1
 
 
-def test_a_submission_that_is_refused_takes_no_neighbour_along(system: JobSystem, held: Any, database_url: str) -> None:
-    taken = Submission("TEST_JOB", {"n": 1}, idempotency_key="k")
-    other = Submission("TEST_JOB", {"n": 2}, idempotency_key="k")
-    results = crowd(system, held, taken, *(Submission("TEST_JOB") for _ in range(5)), other)
-    assert [type(result) for result in results if isinstance(result, Exception)] == [IdempotencyConflict]
-    assert execute(database_url, "select count(*) from jobs") == [(6,)]
+def test_a_key_in_somebodys_open_transaction_holds_up_nobody_without_one(system: JobSystem, database_url: str) -> None:
+    with contextlib.closing(psycopg2.connect(database_url)) as connection, ThreadPoolExecutor(1) as threads:
+        first = system.submit("TEST_JOB", idempotency_key="k", connection=connection)
+        waits = threads.submit(system.submit, "TEST_JOB", idempotency_key="k")
+        assert system.submit("TEST_JOB").status == "PENDING" and not waits.done()
+        connection.commit()
+        assert waits.result().id == first.id
+
+
+def test_a_thread_that_gives_up_waiting_leaves_the_others_their_turn(system: JobSystem, held: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        leader = threads.submit(system.submit, "TEST_JOB")
+        while not system._submissions._inserting:
+            threading.Event().wait(0.01)
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(submissions._Turn, "wait", lambda turn: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                system.submit("TEST_JOB")
+        held.commit()
+        assert leader.result().status == "PENDING"
+        assert threads.submit(system.submit, "TEST_JOB").result(5).status == "PENDING"
 
 
 def test_when_the_database_goes_away_every_one_of_a_crowd_is_told(system: JobSystem, held: Any, database_url: str, server: str) -> None:
@@ -131,3 +148,34 @@ def test_many_are_part_of_the_callers_transaction(system: JobSystem, database_ur
         system.submit_many(many(), connection=connection)
         connection.commit()
     assert system.counts()["PENDING"] == 3 * MANY - 1
+
+
+def test_many_in_a_transaction_the_caller_opened_in_autocommit(system: JobSystem, database_url: str) -> None:
+    with contextlib.closing(psycopg2.connect(database_url)) as connection:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute("begin")
+        system.submit_many(many(), connection=connection)
+        cursor.execute("rollback")
+        assert system.counts()["PENDING"] == 0, "the caller's transaction is the caller's"
+        with contextlib.suppress(ZeroDivisionError), connection:
+            system.submit_many(many(), connection=connection)
+            raise ZeroDivisionError
+        assert system.counts()["PENDING"] == 0
+        with connection:
+            system.submit_many(many(), connection=connection)
+    assert system.counts()["PENDING"] == 3 * MANY - 1
+
+
+def test_ctrl_c_while_many_are_described_is_no_database_error(system: JobSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = system._described
+
+    def interrupted(submission: Submission, loc: Any) -> Any:
+        if loc == (2 * MANY,):
+            raise KeyboardInterrupt
+        return describe(submission, loc)
+
+    monkeypatch.setattr(system, "_described", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        system.submit_many(many())
+    assert system.counts()["PENDING"] == 0

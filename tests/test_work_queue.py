@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import queue
 
-import pytest
-
 from jobsys.ids import new_job_id
 from jobsys.running import RunningJob
 from jobsys.work_queue import WorkQueue
@@ -59,13 +57,20 @@ def test_two_suspects_run_one_after_the_other() -> None:
     assert taken(work)
 
 
-@pytest.mark.parametrize("crashes", [0, 2])
-def test_what_waits_too_long_is_taken_back(crashes: int) -> None:
-    runs, job = claimed(), claimed(crashes=crashes)
-    work = holding(runs, job)
+def test_what_waits_too_long_is_taken_back_and_a_suspect_stays() -> None:
+    runs, job, suspect = claimed(), claimed(), claimed(crashes=2)
+    work = holding(runs, job, suspect)
     assert taken(work) is runs
-    assert work.take_back(job.claimed_at) == [] and work.take_back(job.claimed_at + 1) == [job]
-    assert taken(work) is None and not work.holds_suspects
+    assert work.take_back(job.claimed_at) == [] and work.take_back(suspect.claimed_at + 1) == [job]
+    work.task_done()
+    assert taken(work) is suspect
+
+
+def test_there_is_room_as_soon_as_the_last_job_has_started() -> None:
+    work = holding(claimed())
+    work.room.clear()
+    taken(work)
+    assert work.room.is_set()
 
 
 def test_a_closed_queue_hands_nothing_out() -> None:
