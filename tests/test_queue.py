@@ -428,29 +428,32 @@ def test_looking_for_due_and_for_old_jobs_does_not_walk_the_others(system: JobSy
 
 
 def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker: Worker, database_url: str) -> None:
-    def pile_up(status: str, jobs: int = 20_000, **columns: str) -> None:
-        """Many jobs, of which the counters know nothing: it is the claim that is looked at."""
+    def pile_up(status: str, **columns: str) -> None:
+        """Twenty thousand jobs, of which the counters know nothing: it is the claim that is looked at."""
         given = {"type": "'TEST_JOB'", "queue": "'default'", "priority": "0", "max_attempts": "4", "status": f"'{status}'", **columns}
-        insert = f"insert into jobs ({', '.join(given)}) select {', '.join(given.values())} from generate_series(1, {jobs}) n"
+        insert = f"insert into jobs ({', '.join(given)}) select {', '.join(given.values())} from generate_series(1, 20000) n"
         execute(database_url, f"set session_replication_role = replica; {insert}")
         execute(database_url, "vacuum analyze jobs")
 
     def touched(statement: str, **parameters: Any) -> int:
+        """Pages read to find the jobs. (Writing them costs what the height of the primary key is.)"""
         with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
             cursor.execute("explain (analyze, buffers, format json) " + db.STATEMENTS[statement], parameters)
             plan = cursor.fetchone()[0][0]["Plan"]  # type: ignore[index]
+            if plan["Node Type"] == "ModifyTable":
+                [plan] = [part for part in plan["Plans"] if part["Node Type"] == "Limit"]
             return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
     place = {"priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
     claim = {"worker": worker.id, "queue": "default", "types": ["TEST_JOB"], **place, "n": 100}
     urgent = {"queues": ["default"], "types": ["TEST_JOB"], "priorities": [-10], "from_run_at": [BEGINNING[0]], "from_id": [BEGINNING[1]]}
-    pile_up("PENDING", 120_000)  # so many that the primary key has the height it keeps for long
+    pile_up("PENDING")
     few, glance = touched("claim", **claim), touched("glance", **urgent)
     pile_up("COMPLETED", finished_at="now()", started_at="now()", worker="gen_random_uuid()")
     pile_up("SCHEDULED", run_at="now() + interval '1 day'", priority="-10")
     pile_up("PENDING")
     pile_up("PENDING", queue="'q' || n % 500")
-    assert touched("claim", **claim) <= 1.2 * few
+    assert few <= 300 and touched("claim", **claim) <= 1.2 * few
     assert touched("glance", **urgent) <= glance + 3
     assert touched("stop_requests", worker=worker.id) <= 3
 
