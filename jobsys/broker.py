@@ -1,5 +1,5 @@
-"""Dramatiq's broker on the table `jobs`: the row is the message, the claim is the delivery, and `ack` and `nack` write how an attempt
-ended.
+"""Dramatiq's broker on the table `jobs`: the row is the message, the claim is the delivery, and `ack` and `nack` hand over how an
+attempt ended, which settlements.py writes.
 
 JobsBroker and JobsConsumer are dramatiq_pg's PostgresBroker and PostgresConsumer with everything below the interface replaced; the reasons
 are in the README under design decisions. What a process is as a worker is presence.py.

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
@@ -18,11 +18,18 @@ from jobsys.errors import DatabaseUnavailable
 if TYPE_CHECKING:
     from jobsys.presence import Presence
 
-Chore = tuple[Callable[[], float | None], float]
 FIRST_ID = "00000000-0000-0000-0000-000000000000"
 PRUNE_PAUSE = 5.0
 """After a page was pruned, so many times as long as that took belongs to the jobs."""
 log = logs.get(__name__)
+
+
+class Chore(NamedTuple):
+    """What to do every so many seconds, unless `do` says that it is to be sooner. What is `shared` is there for all workers to do."""
+
+    do: Callable[[], float | None]
+    every: float
+    shared: bool = False
 
 
 class Chores(threading.Thread):
@@ -37,29 +44,25 @@ class Chores(threading.Thread):
         self._pruned_to = FIRST_ID
         self._distrust_silence()
         poll = self._settings.poll_interval
-        self._own: list[Chore] = [
-            (self.report, min(0.25, poll)),
-            (self.give_back_unstarted, min(0.5, poll)),
-            (self.give_back_unheld, 2 * self._settings.worker_heartbeat),
+        self._chores = [
+            Chore(self.report, min(0.25, poll)),
+            Chore(self.give_back_unstarted, min(0.5, poll)),
+            Chore(self.give_back_unheld, 2 * self._settings.worker_heartbeat),
+            Chore(self.promote, min(0.2, poll), shared=True),
+            Chore(self.rescue, poll, shared=True),
+            Chore(self.remove_stopped, poll, shared=True),
+            Chore(self.sum_tallies, poll, shared=True),
+            Chore(self.rescue_orphans, 30.0, shared=True),
+            Chore(self.prune, 60.0, shared=True),
         ]
-        self._shared: list[Chore] = [
-            (self.promote, min(0.2, poll)),
-            (self.rescue, poll),
-            (self.remove_stopped, poll),
-            (self.sum_tallies, poll),
-            (self.rescue_orphans, 30.0),
-            (self.prune, 60.0),
-        ]
-        self._chores = [*self._own, *self._shared]
-        self._due = [time.monotonic() + every for _, every in self._chores]
+        self._due = [time.monotonic() + chore.every for chore in self._chores]
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            for number, (chore, every) in enumerate(self._chores):
+            for number, chore in enumerate(self._chores):
                 if time.monotonic() >= self._due[number] and not self._stopped.is_set():
-                    again = self._attempt(chore)
-                    if number >= len(self._own):
-                        every *= self._share()
+                    again = self._attempt(chore.do)
+                    every = chore.every * self._share() if chore.shared else chore.every
                     self._due[number] = time.monotonic() + (every if again is None else min(again, every))
             self._stopped.wait(max(0.0, min(self._due) - time.monotonic()))
 

@@ -278,9 +278,8 @@ class Claims:
             room = min(room, 1) if paced else room
             if room <= 0:
                 return [], AHEAD
-            rows = sorted(
-                db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=self._types(), n=room), key=_order
-            )
+            rows = db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=self._types(), n=room)
+            rows.sort(key=_order)
             if rows and paced:
                 db.run(connection, "spend_start", queue=queue_name)
         return rows, None
@@ -301,14 +300,15 @@ class Claims:
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:
         """Nothing was found. How long to wait: while work came briskly just now, a moment; not at all right after saying that this process
         sleeps; then longer and longer."""
-        self.busy.clear()
+        if not self.work.expected:
+            self.busy.clear()
         if queue_name not in self._naps:
             if self._briskness(queue_name, 0) > BRISK / 4:
                 return GATHER
             self._database.run("sleep", id=self._worker(), queue=queue_name)
             self._naps[queue_name] = 0
             return 0
-        naps = self._naps.get(queue_name, 0)
+        naps = self._naps.get(queue_name, 0)  # the heart may have cleared them just now
         self._naps[queue_name] = naps + 1
         nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)

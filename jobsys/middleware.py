@@ -1,7 +1,7 @@
 """The middleware between Dramatiq and a job, in the order of `stack`. They decide; the broker writes.
 
 Dramatiq logs and swallows whatever an `after_…` hook raises, so nothing durable is written here: a hook notes on the RunningJob what is to
-become of it, and `ack` or `nack` writes that in one statement.
+become of it, and `ack` or `nack` makes one outcome of that, which one statement writes.
 """
 
 from __future__ import annotations

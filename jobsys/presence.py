@@ -103,7 +103,6 @@ class Presence:
         self.id = new_job_id()
         for job in list(self.running):
             job.stop("lost")
-        self.claims.forget()
 
     def give_back_unheld(self) -> None:
         """Give back what the database says this worker has, and it doesn't know of: the answer to a claim was lost on the way."""
@@ -218,6 +217,8 @@ class Presence:
 
     def _runs_alone(self, suspect: str | None) -> bool:
         """Say which job runs alone, or that none does; whether that could be said."""
+        if suspect is not None:
+            log.warning("a job runs alone, because it was there when workers died", job_id=suspect)
         with self.telling:
             self.suspect = suspect
             try:

@@ -52,6 +52,11 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     return rows
 
 
+def insert_one(connection: Any, job: Submitted) -> db.Row | None:
+    """Insert one job; None when its key is taken."""
+    return next(iter(insert(connection, [job])), None)
+
+
 def stream(connection: Any, jobs: Iterable[Submitted]) -> None:
     """Insert any number of plain jobs by COPY, inside the connection's transaction; all or none.
 
@@ -120,7 +125,7 @@ class Submissions:
         if job.idempotency_key is not None:
             # A key may have to wait for somebody's open transaction: alone.
             with self._database.connection() as connection:
-                return next(iter(insert(connection, [job])), None)
+                return insert_one(connection, job)
         turn = _Turn(job)
         # A job's function may submit, and be stopped meanwhile: not in here, where others wait.
         with undisturbed():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -21,7 +22,7 @@ from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmi
 from jobsys.ids import is_job_id, new_job_id
 from jobsys.job_types import Registry, priority_number, registry
 from jobsys.settings import Settings
-from jobsys.submissions import MANY, Submissions, Submitted, insert, stream
+from jobsys.submissions import MANY, Submissions, Submitted, insert, insert_one, stream
 
 STATUSES = ("SCHEDULED", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD", "CANCELLED")
 FINISHED = ("COMPLETED", "FAILED", "DEAD", "CANCELLED")
@@ -192,7 +193,7 @@ class JobSystem:
         submitted = self._described(submission, ())
         if connection is not None:
             with db.translated():
-                return self._answer(submitted, lambda job: next(iter(insert(connection, [job])), None), connection)
+                return self._answer(submitted, partial(insert_one, connection), connection)
         return self._answer(submitted, self._submissions.insert)
 
     def submit_many(self, submissions: Iterable[Submission], *, connection: Any = None) -> list[str]:
@@ -459,9 +460,9 @@ class JobSystem:
                 raise
             raise InvalidSubmission([{"loc": [*loc, *each["loc"]], "msg": each["msg"]} for each in error.errors]) from None
 
-    def _answer(self, job: Submitted, insert_one: Callable[[Submitted], db.Row | None], connection: Any = None) -> JobRecord:
+    def _answer(self, job: Submitted, put_in: Callable[[Submitted], db.Row | None], connection: Any = None) -> JobRecord:
         try:
-            row = insert_one(job)
+            row = put_in(job)
         except psycopg2.DataError as error:
             raise InvalidSubmission.of(["payload"], f"PostgreSQL can't store it: {str(error).splitlines()[0]}") from None
         if row is not None:

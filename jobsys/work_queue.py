@@ -73,7 +73,8 @@ class WorkQueue(queue.PriorityQueue):
         with self.not_empty:
             if block and not self.closed and not self._startable:
                 self.not_empty.wait(timeout)
-            if self._startable and not self.closed if block else self._qsize():
+            ready = self._startable and not self.closed if block else self._qsize() > 0
+            if ready:
                 self._started[threading.get_ident()] = time.monotonic()
                 return self._get()
         if self.closed:

@@ -33,7 +33,7 @@ $$;
 create type job_status as enum ('SCHEDULED', 'PENDING', 'PROCESSING', 'COMPLETED', 'FAILED', 'DEAD', 'CANCELLED');
 create type stop_request as enum ('cancel', 'remove');
 
--- Each statement reads the constraints anew, and long ones cost it more than all else it does with one row: they are short on purpose.
+-- Every statement that writes reads the constraints anew: they are short on purpose (long ones made a single insert a tenth dearer).
 create table jobs (
     id              uuid        primary key default new_job_id(),
     type            text        not null,

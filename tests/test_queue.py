@@ -405,6 +405,16 @@ def test_the_claim_walks_the_ready_index_and_never_the_table(system: JobSystem, 
     assert "jobs_pkey" in settle and "jobs_running" not in settle and "Seq Scan on jobs" not in settle
 
 
+def touched(database_url: str, statement: str, **parameters: Any) -> int:
+    """Pages a statement reads; of a claim, those to find the jobs. (Writing them costs what the height of the primary key is.)"""
+    with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
+        cursor.execute("explain (analyze, buffers, format json) " + db.STATEMENTS[statement], parameters)
+        plan = cursor.fetchone()[0][0]["Plan"]  # type: ignore[index]
+    if statement == "claim":
+        [plan] = [part for part in plan["Plans"] if part["Node Type"] == "Limit"]
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
 def test_looking_for_due_and_for_old_jobs_does_not_walk_the_others(system: JobSystem, database_url: str) -> None:
     execute(
         database_url,
@@ -414,17 +424,9 @@ def test_looking_for_due_and_for_old_jobs_does_not_walk_the_others(system: JobSy
            from generate_series(1, 20000) n""",
     )
     execute(database_url, "vacuum analyze jobs")
-    with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
-
-        def touched(name: str, **parameters: Any) -> int:
-            """Pages read by a statement."""
-            cursor.execute("explain (analyze, buffers, format json) " + db.STATEMENTS[name], parameters)
-            plan = cursor.fetchone()[0][0]["Plan"]  # type: ignore[index]
-            return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
-
-        assert touched("promote") < 30
-        assert touched("prune", after=BEGINNING[1], days=30) < 30
-        assert touched("unfinished", queue="nothing here") < 400
+    assert touched(database_url, "promote") < 30
+    assert touched(database_url, "prune", after=BEGINNING[1], days=30) < 30
+    assert touched(database_url, "unfinished", queue="nothing here") < 400
 
 
 def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker: Worker, database_url: str) -> None:
@@ -435,27 +437,18 @@ def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker:
         execute(database_url, f"set session_replication_role = replica; {insert}")
         execute(database_url, "vacuum analyze jobs")
 
-    def touched(statement: str, **parameters: Any) -> int:
-        """Pages read to find the jobs. (Writing them costs what the height of the primary key is.)"""
-        with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
-            cursor.execute("explain (analyze, buffers, format json) " + db.STATEMENTS[statement], parameters)
-            plan = cursor.fetchone()[0][0]["Plan"]  # type: ignore[index]
-            if plan["Node Type"] == "ModifyTable":
-                [plan] = [part for part in plan["Plans"] if part["Node Type"] == "Limit"]
-            return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
-
     place = {"priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
     claim = {"worker": worker.id, "queue": "default", "types": ["TEST_JOB"], **place, "n": 100}
     urgent = {"queues": ["default"], "types": ["TEST_JOB"], "priorities": [-10], "from_run_at": [BEGINNING[0]], "from_id": [BEGINNING[1]]}
     pile_up("PENDING")
-    few, glance = touched("claim", **claim), touched("glance", **urgent)
+    few, glance = touched(database_url, "claim", **claim), touched(database_url, "glance", **urgent)
     pile_up("COMPLETED", finished_at="now()", started_at="now()", worker="gen_random_uuid()")
     pile_up("SCHEDULED", run_at="now() + interval '1 day'", priority="-10")
     pile_up("PENDING")
     pile_up("PENDING", queue="'q' || n % 500")
-    assert few <= 300 and touched("claim", **claim) <= 1.2 * few
-    assert touched("glance", **urgent) <= glance + 3
-    assert touched("stop_requests", worker=worker.id) <= 3
+    assert few <= 300 and touched(database_url, "claim", **claim) <= 1.2 * few
+    assert touched(database_url, "glance", **urgent) <= glance + 3
+    assert touched(database_url, "stop_requests", worker=worker.id) <= 3
 
 
 def test_after_an_outage_silence_alone_condemns_nobody(system: JobSystem, worker: Worker, database_url: str) -> None:

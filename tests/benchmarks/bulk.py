@@ -12,7 +12,7 @@ from jobsys.ids import new_job_id
 from jobsys.system import Submission
 from tests.benchmarks import floor, peers
 from tests.benchmarks.harness import Bench, alternate
-from tests.benchmarks.peers import Peer
+from tests.benchmarks.peers import Client
 from tests.benchmarks.result import Result
 
 UNIT = "jobs/s"
@@ -29,7 +29,7 @@ def measure(bench: Bench) -> Result:
     others = peers.available("pgqueuer", "procrastinate", "chancy")
     batches = {peer.name: min(jobs, bench.sized(peer.bulk)) for peer in others}
     contenders = {"jobsys": partial(ours, bench, jobs), "unnest": partial(unnest, bench, jobs), "copy": partial(copy, bench, jobs)}
-    contenders |= {peer.name: partial(theirs, bench, peer, batches[peer.name]) for peer in others}
+    contenders |= {peer.name: partial(peers.submitted, bench, peer, batches[peer.name], submit_many) for peer in others}
     runs = alternate(contenders, bench.runs)
     floors = {name: runs.pop(name) for name in ("unnest", "copy")}
     runs["floor"] = max(floors.values(), key=median)
@@ -60,12 +60,6 @@ def copy(bench: Bench, jobs: int) -> float:
         return jobs / (time.perf_counter() - start)
 
 
-def theirs(bench: Bench, peer: Peer, jobs: int) -> float:
-    """By a peer's call."""
-    with bench.database() as url:
-        peer.install(url)
-        with peer.client(url) as client:
-            client.submit()
-            start = time.perf_counter()
-            client.submit_many(jobs)
-            return jobs / (time.perf_counter() - start)
+def submit_many(client: Client, jobs: int) -> None:
+    """By the peer's own call."""
+    client.submit_many(jobs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,12 +60,7 @@ def _waits(submit: Callable[[int], object], marks: Marks, jobs: int, waits: list
         submit(number)
     marks.wait_for(10)
     time.sleep(1)
-    own = []
-    for number in range(10, 10 + jobs):
-        time.sleep(random.uniform(0.005, 0.05))
-        before = time.time()
-        submit(number)
-        own.append((marks.wait(number) - before) * 1000)
+    own = marks.waits(submit, range(10, 10 + jobs), (0.005, 0.05))
     waits += own
     return median(own)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.benchmarks.job_types import MARKS
@@ -43,6 +45,16 @@ class Marks:
                 raise TimeoutError(f"job {number} did not begin within {timeout:g} s")
             time.sleep(0.001)
         return self.times[number]
+
+    def waits(self, submit: Callable[[int], object], numbers: range, pauses: tuple[float, float]) -> list[float]:
+        """From the call of `submit` to the beginning of the job, in ms: one job at a time, after a pause of so many seconds (from, to)."""
+        waits = []
+        for number in numbers:
+            time.sleep(random.uniform(*pauses))
+            before = time.time()
+            submit(number)
+            waits.append((self.wait(number) - before) * 1000)
+        return waits
 
     def wait_for(self, count: int, timeout: float = 120.0) -> dict[int, float]:
         """All marks, as soon as there are so many."""

@@ -9,7 +9,7 @@ from functools import partial
 from jobsys.ids import new_job_id
 from tests.benchmarks import floor, peers
 from tests.benchmarks.harness import Bench, alternate
-from tests.benchmarks.peers import Peer
+from tests.benchmarks.peers import Client
 from tests.benchmarks.result import Result
 
 UNIT = "jobs/s"
@@ -19,7 +19,10 @@ def measure(bench: Bench) -> Result:
     """No worker runs meanwhile."""
     jobs = bench.sized(3_000)
     contenders = {"jobsys": partial(ours, bench, jobs), "floor": partial(bare, bench, jobs)}
-    contenders |= {peer.name: partial(theirs, bench, peer, jobs) for peer in peers.available("pgqueuer", "procrastinate", "chancy")}
+    contenders |= {
+        peer.name: partial(peers.submitted, bench, peer, jobs, submit_each)
+        for peer in peers.available("pgqueuer", "procrastinate", "chancy")
+    }
     return Result.of_runs(UNIT, alternate(contenders, bench.runs), jobs=jobs)
 
 
@@ -42,12 +45,6 @@ def bare(bench: Bench, jobs: int) -> float:
         return jobs / (time.perf_counter() - start)
 
 
-def theirs(bench: Bench, peer: Peer, jobs: int) -> float:
-    """By a peer's call."""
-    with bench.database() as url:
-        peer.install(url)
-        with peer.client(url) as client:
-            client.submit()
-            start = time.perf_counter()
-            client.submit_each(jobs)
-            return jobs / (time.perf_counter() - start)
+def submit_each(client: Client, jobs: int) -> None:
+    """By the peer's own call."""
+    client.submit_each(jobs)

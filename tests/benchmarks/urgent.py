@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -81,11 +80,6 @@ def behind_slow_jobs(bench: Bench) -> dict[str, Any]:
 
 def _waits(submit: Callable[[int], object], marks: Marks, waits: list[float]) -> float:
     time.sleep(0.5)
-    own = []
-    for number in range(1, 1 + URGENT):
-        time.sleep(random.uniform(0.02, 0.08))
-        before = time.time()
-        submit(number)
-        own.append((marks.wait(number, timeout=30) - before) * 1000)
+    own = marks.waits(submit, range(1, 1 + URGENT), (0.02, 0.08))
     waits += own
     return median(own)

@@ -9,29 +9,34 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib import metadata
-from typing import Protocol
 
-from tests.benchmarks.harness import CHECKOUT, PROCESSES, execute, program, tell, wait_until
+from tests.benchmarks.harness import CHECKOUT, PROCESSES, Bench, execute, program, tell, wait_until
 from tests.benchmarks.marks import Marks
 
 
-class Client(Protocol):
+class Client:
     """Submits jobs, each committed when the call returns."""
 
     def submit(self, number: int | None = None, *, urgent: bool = False) -> None:
         """One job: a no-op, or with a number one that marks its beginning."""
+        raise NotImplementedError
 
     def submit_each(self, jobs: int) -> None:
         """So many no-ops, one by one."""
+        for _ in range(jobs):
+            self.submit()
 
     def submit_many(self, jobs: int) -> None:
         """So many no-ops, as the peer does that fastest."""
+        self.submit_each(jobs)
 
     def submit_due(self, jobs: int, delay: timedelta) -> float:
         """Marked jobs with the numbers from 0, all due in the same instant; which that is, in seconds of the clock."""
+        raise NotImplementedError
 
 
 class Peer:
@@ -81,6 +86,17 @@ class Peer:
     def rate(self, url: str, jobs: int) -> float:
         """Jobs per second, from the first start to the last end."""
         return jobs / float(execute(url, self.span)[0][0])
+
+
+def submitted(bench: Bench, peer: Peer, jobs: int, submit: Callable[[Client, int], None]) -> float:
+    """No-ops a second that a client of the peer's submits, on a fresh database and after a first one."""
+    with bench.database() as url:
+        peer.install(url)
+        with peer.client(url) as client:
+            client.submit()
+            start = time.perf_counter()
+            submit(client, jobs)
+            return jobs / (time.perf_counter() - start)
 
 
 def available(*names: str) -> list[Peer]:

@@ -27,7 +27,7 @@ async def marked(number: int) -> None:
     mark(number)
 
 
-class ChancyClient:
+class ChancyClient(Client):
     """Its synchronous calls."""
 
     def __init__(self, chancy: Chancy) -> None:
@@ -36,10 +36,6 @@ class ChancyClient:
     def submit(self, number: int | None = None, *, urgent: bool = False) -> None:
         func, kwargs = (NOOP, {}) if number is None else (MARK, {"number": number})
         self._chancy.sync_push(Job(func=func, kwargs=kwargs, priority=10 if urgent else 0))
-
-    def submit_each(self, jobs: int) -> None:
-        for _ in range(jobs):
-            self._chancy.sync_push(Job(func=NOOP))
 
     def submit_many(self, jobs: int) -> None:
         for _ in self._chancy.sync_push_many([Job(func=NOOP) for _ in range(jobs)], batch_size=10_000):

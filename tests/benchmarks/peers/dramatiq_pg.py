@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 
 import dramatiq
 from dramatiq_pg import PostgresBroker
@@ -35,7 +34,7 @@ def declare(url: str) -> dict[str, dramatiq.Actor[..., None]]:
     return {"noop": noop, "mark": marked}
 
 
-class DramatiqPgClient:
+class DramatiqPgClient(Client):
     """Its actors."""
 
     def __init__(self, url: str) -> None:
@@ -46,16 +45,6 @@ class DramatiqPgClient:
             self._actors["noop"].send()
         else:
             self._actors["mark"].send(number)
-
-    def submit_each(self, jobs: int) -> None:
-        for _ in range(jobs):
-            self._actors["noop"].send()
-
-    def submit_many(self, jobs: int) -> None:
-        self.submit_each(jobs)
-
-    def submit_due(self, jobs: int, delay: timedelta) -> float:
-        raise NotImplementedError
 
 
 class DramatiqPg(Peer):

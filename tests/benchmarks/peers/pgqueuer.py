@@ -24,7 +24,7 @@ BATCH = 500
 """Of 10 (its default), 100, 200, 500 and 1000 this drained fastest here, on one connection a process; two or five were slower."""
 
 
-class PgqueuerClient:
+class PgqueuerClient(Client):
     """One asyncpg connection."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, queries: Queries) -> None:

@@ -29,7 +29,7 @@ async def marked(number: int) -> None:
     mark(number)
 
 
-class ProcrastinateClient:
+class ProcrastinateClient(Client):
     """Its synchronous connector."""
 
     def submit(self, number: int | None = None, *, urgent: bool = False) -> None:
@@ -38,10 +38,6 @@ class ProcrastinateClient:
             noop.configure(priority=priority).defer()
         else:
             marked.configure(priority=priority).defer(number=number)
-
-    def submit_each(self, jobs: int) -> None:
-        for _ in range(jobs):
-            noop.defer()
 
     def submit_many(self, jobs: int) -> None:
         noop.batch_defer(*[{} for _ in range(jobs)])

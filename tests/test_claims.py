@@ -1,0 +1,79 @@
+"""One process's claims: what is urgent beside the rest, and when it sleeps."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import execute
+from test_queue import Worker
+
+from jobsys import db
+from jobsys.claims import Claims
+from jobsys.running import RunningJob
+from jobsys.system import JobSystem, Submission
+from jobsys.work_queue import WorkQueue
+
+THREADS = 64
+
+
+@pytest.fixture
+def worker(system: JobSystem) -> Worker:
+    return Worker(system.database)
+
+
+@pytest.fixture
+def claims(system: JobSystem, worker: Worker) -> Claims:
+    """The claims of a process whose threads are idle and take nothing."""
+
+    def make(queue_name: str, rows: list[db.Row]) -> list[RunningJob]:
+        return [RunningJob(row, queue_name=queue_name, worker=worker.id, job_type=None, max_crashes=3) for row in rows]
+
+    return Claims(
+        system.database,
+        WorkQueue(THREADS),
+        worker=lambda: worker.id,
+        types=lambda: list(system.types.types),
+        make=make,
+        backlog=lambda: 0,
+        poll_interval=1.0,
+    )
+
+
+def asleep(database_url: str) -> list[str]:
+    [(queues,)] = execute(database_url, "select asleep from workers")
+    return list(queues)
+
+
+@pytest.mark.parametrize(("type", "queue"), [("TEST_JOB", "default"), ("INGEST_BATCH", "ingestion")])
+def test_an_urgent_job_is_claimed_while_a_crowd_is_in_memory(system: JobSystem, claims: Claims, type: str, queue: str) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(2 * THREADS))
+    claims.take("ingestion", 0.01)
+    assert len(claims.take("default", 0.1)) == THREADS
+    assert claims.claim_urgent(above=0) == [], "those that wait are no more urgent than those that are here"
+    urgent = system.submit(type, {"ids": [1]} if type == "INGEST_BATCH" else None, priority="high")
+    [claimed] = claims.claim_urgent(above=0)
+    assert (claimed.message_id, claimed.queue_name) == (urgent.id, queue)
+    assert claims.claim_urgent(above=0) == []
+    assert claimed in claims.work.expected
+
+
+def test_nothing_urgent_is_claimed_from_a_paused_queue_nor_by_a_process_that_leaves(system: JobSystem, claims: Claims) -> None:
+    claims.take("default", 0.01)
+    system.submit("TEST_JOB", priority="high")
+    system.pause("default")
+    assert claims.claim_urgent(above=0) == []
+    system.resume("default")
+    claims.close()
+    assert claims.claim_urgent(above=0) == []
+
+
+def test_a_process_sleeps_when_it_finds_nothing_and_is_awake_while_work_comes_briskly(
+    system: JobSystem, claims: Claims, database_url: str
+) -> None:
+    assert claims.take("default", 0.3) == [] and asleep(database_url) == ["default"]
+    system.submit("TEST_JOB")
+    assert len(claims.take("default", 1)) == 1 and asleep(database_url) == ["default"], "one is no crowd"
+    claims.work.expected.clear()
+    system.submit_many(Submission("TEST_JOB") for _ in range(THREADS))
+    assert len(claims.take("default", 1)) == THREADS and asleep(database_url) == []
+    claims.work.expected.clear()
+    assert claims.take("default", 2) == [] and asleep(database_url) == ["default"]
