@@ -129,10 +129,10 @@ class JobsBroker(PostgresBroker):
         """The consumer of a queue: an iterator over RunningJobs, or None when none came for `timeout` milliseconds."""
         return JobsConsumer(broker=self, presence=self.attend(threads=prefetch), queue_name=queue_name, prefetch=prefetch, timeout=timeout)
 
-    def make_running(self, row: db.Row, queue_name: str, worker: str) -> RunningJob:
-        """The RunningJob for a row that a claim from that queue returned."""
+    def make_running(self, row: db.Row, worker: str) -> RunningJob:
+        """The RunningJob for a row that a claim returned."""
         job_type = self.job_types.get(row[1])
-        return RunningJob(row, queue_name=queue_name, worker=worker, job_type=job_type, max_crashes=self.settings.max_crashes)
+        return RunningJob(row, worker=worker, job_type=job_type, max_crashes=self.settings.max_crashes)
 
     # Signals: Dramatiq asks every middleware about every signal; here only those that listen are asked.
 

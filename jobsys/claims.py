@@ -69,7 +69,7 @@ class Claims:
         *,
         worker: Callable[[], str],
         types: Callable[[], list[str]],
-        make: Callable[[str, list[db.Row]], list[RunningJob]],
+        make: Callable[[list[db.Row]], list[RunningJob]],
         backlog: Callable[[], int],
         poll_interval: float,
     ) -> None:
@@ -133,7 +133,7 @@ class Claims:
                 if room == 0 or self.closed:
                     return []
                 rows, pause = self._claim(queue_name, room, deadline)
-                jobs = self._make(queue_name, rows)
+                jobs = self._make(rows)
                 self.work.expected.update(jobs)
             if jobs:
                 self._note_work(queue_name, jobs, room)
@@ -144,27 +144,21 @@ class Claims:
         return []
 
     def claim_urgent(self, above: int) -> list[RunningJob]:
-        """Some of the jobs that are more urgent than the priority `above`, of whichever queue has the most urgent one. Raises
-        DatabaseUnavailable.
+        """The most urgent of the jobs that are more urgent than the priority `above`, of whichever queue. Raises DatabaseUnavailable.
 
         For the lookout: takes no turn, and needs no room. Dramatiq's threads ask each job for its queue, so that it needn't come through
         that queue's consumer."""
         now = time.monotonic()
         looks = [
-            (queue_name, priority, *places.get(priority, BEGINNING))
-            for queue_name, places in list(self._places.items())
+            (priority, queue_name)
+            for queue_name in list(self._places)
             if queue_name not in self._limited
             for priority in self._known_priorities(queue_name, now)
             if priority < above
         ]
         if not looks or self.closed:
             return []
-        names = ("queues", "priorities", "from_run_at", "from_id")
-        columns = {name: list(column) for name, column in zip(names, zip(*looks, strict=True), strict=True)}
-        found = self._database.run("glance", types=self._types(), **columns)
-        if not found or self.closed:
-            return []
-        jobs = self._make(found[0][0], self._claim_freely(found[0][0], self.work.threads, above=above))
+        jobs = self._make(self._claim_at([(queue_name, priority) for priority, queue_name in sorted(looks)], self.work.threads))
         self.work.expected.update(jobs)
         return jobs
 
@@ -215,35 +209,36 @@ class Claims:
             self._limits_read_at = time.monotonic()
         return self._claim_limited(queue_name, deadline) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
 
-    def _claim_freely(self, queue_name: str, room: int, *, above: int | None = None) -> list[db.Row]:
+    def _claim_freely(self, queue_name: str, room: int) -> list[db.Row]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), and whenever
         fewer came than were asked for. So dead index entries, which an old snapshot keeps, are walked over rarely and not at each claim."""
         now = time.monotonic()
         from_start = now >= self._look_from_start_at.get(queue_name, 0.0)
-        places = self._places.setdefault(queue_name, {})
-        if from_start and above is None:
-            places.clear()
-        priorities = [priority for priority in self._known_priorities(queue_name, now) if above is None or priority < above]
-        begin = [places.get(priority, BEGINNING) for priority in priorities]
+        if from_start:
+            self._places[queue_name] = {}
+        rows = self._claim_at([(queue_name, priority) for priority in self._known_priorities(queue_name, now)], room)
+        if len(rows) < room:
+            self._look_from_start_at[queue_name] = 0.0
+        elif from_start:
+            self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
+        return rows
+
+    def _claim_at(self, looks: list[tuple[str, int]], room: int) -> list[db.Row]:
+        """Claim from some queues and priorities, each from where the last claim of it ended."""
+        begin = [self._places.get(queue_name, {}).get(priority, BEGINNING) for queue_name, priority in looks]
         rows = self._database.run(
             "claim",
             worker=self._worker(),
-            queue=queue_name,
             types=self._types(),
-            priorities=priorities,
+            queues=[queue_name for queue_name, _ in looks],
+            priorities=[priority for _, priority in looks],
             from_run_at=[run_at for run_at, _ in begin],
             from_id=[id for _, id in begin],
             n=room,
         )
         rows.sort(key=_order)
-        for priority, run_at, id in map(_order, {row[2]: row for row in rows}.values()):
-            places[priority] = (run_at + "+00", id)
-        if above is not None:
-            return rows
-        if len(rows) < room:
-            self._look_from_start_at[queue_name] = 0.0
-        elif from_start:
-            self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
+        for row in {(row[11], row[2]): row for row in rows}.values():
+            self._places.setdefault(row[11], {})[row[2]] = (row[8] + "+00", row[0])
         return rows
 
     def _known_priorities(self, queue_name: str, now: float) -> list[int]:

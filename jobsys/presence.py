@@ -226,8 +226,8 @@ class Presence:
             except DatabaseUnavailable:
                 return False  # the next beat says it
 
-    def _hold(self, queue_name: str, rows: list[db.Row]) -> list[RunningJob]:
-        jobs = [self.broker.make_running(row, queue_name, self.id) for row in rows]
+    def _hold(self, rows: list[db.Row]) -> list[RunningJob]:
+        jobs = [self.broker.make_running(row, self.id) for row in rows]
         with self._holding:
             self.held.update((job.message_id, job) for job in jobs)
         return jobs

@@ -34,7 +34,7 @@ class RunningJob(MessageProxy):
     stop_asked_at: float | None = None
     _exception: BaseException | None = None
 
-    def __init__(self, row: tuple[Any, ...], *, queue_name: str, worker: str, job_type: JobType | None, max_crashes: int) -> None:
+    def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None, max_crashes: int) -> None:
         (
             self.message_id,
             self.actor_name,
@@ -47,8 +47,8 @@ class RunningJob(MessageProxy):
             run_at,
             self.message_timestamp,
             crashes,
+            self.queue_name,
         ) = row
-        self.queue_name = queue_name
         self.worker = worker
         self.suspect = crashes > 0 and crashes + 1 >= max_crashes
         self.claimed_at = time.monotonic()

@@ -29,51 +29,12 @@ returning id::text, status, run_at, created_at;
 copy jobs (id, type, queue, priority, payload, options, max_attempts, group_id) from stdin;
 
 -- name: claim
--- Due jobs of one queue, most urgent first, first come first served within a priority; only types this worker knows, and
--- nothing when the queue is paused or limited, or this worker has been declared lost. Each priority is looked through from where
--- the last claim ended (see claims.py), because dead index entries before that place may be many while an old snapshot is held.
--- `id = any(array(…))` keeps the update on the primary key whatever the planner thinks of the table's size.
-update jobs
-set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1, started_at = clock_timestamp(), worker = %(worker)s::uuid, progress = null
-where id = any(array(
-    select next.id
-    from unnest(%(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[]) as place(priority, run_at, id)
-    cross join lateral (
-        select jobs.id
-        from jobs
-        where jobs.status = 'PENDING'
-            and jobs.queue = %(queue)s
-            and jobs.priority = place.priority
-            and (jobs.run_at, jobs.id) > (place.run_at, place.id)
-            and jobs.type = any(%(types)s)
-        order by jobs.run_at, jobs.id
-        limit %(n)s
-        for update skip locked
-    ) as next
-    where exists (select from workers where workers.id = %(worker)s::uuid)
-        and not exists (select from queues where name = %(queue)s and (paused or rate_count is not null or max_running is not null))
-    limit %(n)s
-))
-returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
-    (date_part('epoch', created_at) * 1000)::bigint, crashes;
-
--- name: glance
--- Does a job wait that is more urgent than what a worker has in memory? The queue of one; looked for from the same places as in `claim`.
-select place.queue
-from unnest(%(queues)s::text[], %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[])
-    as place(queue, priority, run_at, id)
-cross join lateral (
-    select from jobs
-    where jobs.status = 'PENDING'
-        and jobs.queue = place.queue
-        and jobs.priority = place.priority
-        and (jobs.run_at, jobs.id) > (place.run_at, place.id)
-        and jobs.type = any(%(types)s)
-    order by jobs.run_at, jobs.id  -- else the planner may think that any scan finds one soon
-    limit 1
-) as waiting
-order by place.priority
-limit 1;
+-- From free queues: schema.sql says what it promises.
+select id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
+    (date_part('epoch', created_at) * 1000)::bigint, crashes, queue
+from claim_jobs(
+    %(worker)s::uuid, %(types)s, %(queues)s, %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[], %(n)s
+);
 
 -- name: look_at_gate
 -- Before waiting for a free thread: is there a job for it, and may one start? No row while the queue is paused or empty; else the
@@ -116,7 +77,7 @@ where id = any(array(
     for update skip locked
 ))
 returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
-    (date_part('epoch', created_at) * 1000)::bigint, crashes;
+    (date_part('epoch', created_at) * 1000)::bigint, crashes, queue;
 
 -- name: spend_start
 -- The next start of a paced queue is one spacing after the one just claimed.
@@ -143,12 +104,7 @@ select priority from present where priority is not null;
 select name from queues where paused or rate_count is not null or max_running is not null;
 
 -- name: finish
--- Here and below: `status::text`, so that the planner goes by the primary key, and not through all that run (and, under an old snapshot, ran).
-update jobs
-set status = 'COMPLETED', finished_at = clock_timestamp(), result = done.result
-from unnest(%(id)s::uuid[], %(claim)s::integer[], %(result)s::jsonb[]) as done(id, claim, result)
-where jobs.id = done.id and jobs.claim = done.claim and jobs.status::text = 'PROCESSING'
-returning jobs.id::text;
+select finish_jobs(%(id)s::uuid[], %(claim)s::integer[], %(result)s::jsonb[])::text;
 
 -- name: retry
 -- A failed attempt that will be followed by another after `delay` seconds; unless somebody asked for a stop meanwhile.
@@ -170,7 +126,7 @@ with failed as (
         options = failed.options,
         error = jsonb_build_object('type', failed.type, 'message', failed.message, 'attempt', attempt, 'at', clock_timestamp())
     from failed
-    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status::text = 'PROCESSING'
+    where jobs.id = failed.id and jobs.claim = failed.claim and jobs.status::text = 'PROCESSING'  -- ::text as in finish_jobs
     returning jobs.id, jobs.queue, jobs.type, jobs.status, failed.claim, attempt, started_at, failed.worker,
         failed.type as error_type, failed.message, failed.traceback, failed.fingerprint
 ), counted as (

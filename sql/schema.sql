@@ -207,9 +207,9 @@ begin
     insert into tally_log (queue, type, status, entered, departed)
     select queue, type, status, greatest(sum(n), 0), greatest(-sum(n), 0)
     from (
-        select queue, type, status, count(*) as n from changed group by queue, type, status
+        select queue, type, status, 1 as n from changed
         union all
-        select queue, type, status, -count(*) from previous group by queue, type, status
+        select queue, type, status, -1 from previous
     ) as moves
     group by queue, type, status
     having sum(n) <> 0;
@@ -240,3 +240,64 @@ create trigger jobs_updated after update on jobs
     referencing old table as previous new table as changed for each statement execute function after_jobs_update();
 create trigger jobs_deleted after delete on jobs
     referencing old table as removed for each statement execute function after_jobs_delete();
+
+-- What workers run all the time is in functions, because PostgreSQL plans these once per connection, with or without a pooler in between:
+-- reading and planning a claim of one job each time costs more than running it. The one plan serves whatever comes, though it may have been
+-- made when the table was empty. So the ways that are good for small tables only are closed to it.
+
+-- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
+-- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
+-- lost. A place begins where the last claim ended (see claims.py), because dead index entries before it may be many while an old snapshot is
+-- held. Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
+create function claim_jobs(
+    worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer
+) returns setof jobs
+language plpgsql
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set enable_hashjoin = off
+set enable_mergejoin = off as $$
+#variable_conflict use_column
+declare
+    found_ids uuid[] := array(
+        select next.id
+        from unnest(queue_names, priorities, from_run_at, from_id) as place(queue, priority, run_at, id)
+        cross join lateral (
+            select jobs.id
+            from jobs
+            where jobs.status = 'PENDING'
+                and jobs.queue = place.queue
+                and jobs.priority = place.priority
+                and (jobs.run_at, jobs.id) > (place.run_at, place.id)
+                and jobs.type = any(known_types)
+            order by jobs.run_at, jobs.id
+            limit most
+            for update skip locked
+        ) as next
+        where exists (select from workers where workers.id = worker_id)
+            and not exists (select from queues where name = place.queue and (paused or rate_count is not null or max_running is not null))
+        limit most
+    );
+begin
+    if found_ids = '{}' then
+        return;
+    end if;
+    return query
+    update jobs
+    set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1, started_at = clock_timestamp(), worker = worker_id, progress = null
+    where id = any(found_ids)
+    returning *;
+end $$;
+
+-- Jobs whose attempt succeeded are COMPLETED. `any(array[…])` and `status::text` leave the planner the primary key as the only way from a
+-- claim to its row: it can neither join by hashing or sorting all jobs, nor walk through all that run (and, under an old snapshot, ran).
+create function finish_jobs(ids uuid[], claims integer[], results jsonb[]) returns setof uuid
+language plpgsql
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+#variable_conflict use_column
+begin
+    return query
+    update jobs
+    set status = 'COMPLETED', finished_at = clock_timestamp(), result = done.result
+    from unnest(ids, claims, results) as done(id, claim, result)
+    where jobs.id = any(array[done.id]) and jobs.claim = done.claim and jobs.status::text = 'PROCESSING'
+    returning jobs.id;
+end $$;

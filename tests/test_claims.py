@@ -24,8 +24,8 @@ def worker(system: JobSystem) -> Worker:
 def claims(system: JobSystem, worker: Worker) -> Claims:
     """The claims of a process whose threads are idle and take nothing."""
 
-    def make(queue_name: str, rows: list[db.Row]) -> list[RunningJob]:
-        return [RunningJob(row, queue_name=queue_name, worker=worker.id, job_type=None, max_crashes=3) for row in rows]
+    def make(rows: list[db.Row]) -> list[RunningJob]:
+        return [RunningJob(row, worker=worker.id, job_type=None, max_crashes=3) for row in rows]
 
     return Claims(
         system.database,

@@ -41,8 +41,8 @@ def running(system: JobSystem, worker: Worker) -> Callable[[], RunningJob]:
     def claim() -> RunningJob:
         job = system.submit("TEST_JOB")
         [(id, number)] = worker.claim()
-        row = (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, str(job.run_at), 0, 0)
-        return RunningJob(row, queue_name="default", worker=worker.id, job_type=None, max_crashes=3)
+        row = (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, str(job.run_at), 0, 0, "default")
+        return RunningJob(row, worker=worker.id, job_type=None, max_crashes=3)
 
     return claim
 
@@ -113,8 +113,7 @@ def test_a_group_is_one_statement_and_one_commit(system: JobSystem, settlements:
     moment = str(system.job(system.jobs().jobs[0].id).run_at)
     jobs = [
         RunningJob(
-            (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, moment, 0, 0),
-            queue_name="default",
+            (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, moment, 0, 0, "default"),
             worker=worker.id,
             job_type=None,
             max_crashes=3,

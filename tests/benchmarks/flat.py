@@ -79,8 +79,8 @@ def _claim(system: JobSystem) -> int:
     priorities = sorted(PRIORITIES.values())
     parameters = {
         "worker": worker,
-        "queue": "default",
         "types": ["NOOP"],
+        "queues": ["default"] * len(priorities),
         "priorities": priorities,
         "from_run_at": [BEGINNING[0]] * len(priorities),
         "from_id": [BEGINNING[1]] * len(priorities),
