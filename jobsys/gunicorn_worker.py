@@ -1,21 +1,29 @@
-"""gunicorn's threaded worker, for which a slow client costs little.
+"""gunicorn's threaded worker, for which a slow client costs little, and a fast one less.
 
 As it comes, a client that has connected and says nothing, or stops in the middle of a request, holds a thread: a few of them stop the
 service. And a connection that ends badly is closed in the thread that accepts all others, up to 2 s each. Here a thread is
 taken only once something has arrived, a request must arrive at a decent pace, and each thread closes its own connections.
+
+As it comes, one thread also hands each request to another and takes the connection back, which costs as much again as serving it. Here
+the threads themselves wait for the next request, of whichever connection.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
+import select
+import selectors
 import socket
+import sys
+import threading
 import time
 from typing import Any
 
 from gunicorn import util
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 PATIENCE, HURRY = 4.0, 1.5
 """Seconds a request may take to arrive while threads are free, and while others wait for one…"""
@@ -46,18 +54,76 @@ class PatientSocket(socket.socket):
         return data
 
 
-class PatientConnection(TConn):
-    """A connection that leaves waiting for its first byte to the poller, and closing to the thread that had it."""
+if sys.platform == "linux":
 
-    def wait_for_data(self, timeout: float) -> bool:
-        return super().wait_for_data(0)
+    class Readable:
+        """Says of each watched descriptor once, and to one thread, that it has something to read."""
 
-    def close(self, graceful: bool = False) -> None:
-        super().close()
+        ONCE = select.EPOLLIN | select.EPOLLONESHOT
+
+        def __init__(self) -> None:
+            self._epoll = select.epoll()
+
+        def watch(self, descriptor: int) -> None:
+            try:
+                self._epoll.modify(descriptor, self.ONCE)
+            except FileNotFoundError:
+                self._epoll.register(descriptor, self.ONCE)
+
+        def next(self) -> int:
+            [(descriptor, _)] = self._epoll.poll(None, 1)
+            return descriptor
+
+else:
+
+    class Readable:
+        """The same by kqueue."""
+
+        def __init__(self) -> None:
+            self._kqueue = select.kqueue()
+
+        def watch(self, descriptor: int) -> None:
+            once = select.kevent(descriptor, select.KQ_FILTER_READ, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
+            self._kqueue.control([once], 0)
+
+        def next(self) -> int:
+            [event] = self._kqueue.control([], 1, None)
+            return int(event.ident)
+
+
+class Idle:
+    """Connections that wait for a request of their client's. Each thread takes for itself one that has something to read."""
+
+    def __init__(self) -> None:
+        self._readable = Readable()
+        self._connections: dict[int, TConn] = {}
+        """By file descriptor, in the order in which they became idle."""
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def add(self, connection: TConn) -> None:
+        """Wait for its next request."""
+        connection.set_timeout()
+        descriptor = connection.sock.fileno()
+        self._connections[descriptor] = connection
+        self._readable.watch(descriptor)
+
+    def take(self) -> TConn:
+        """Wait until one of them has something to read; it is the caller's then."""
+        while True:
+            connection = self._connections.pop(self._readable.next(), None)
+            if connection is not None:
+                return connection
+
+    def take_late(self, moment: float) -> list[TConn]:
+        """Those whose time for another request is over at that moment; they are the caller's then."""
+        late = itertools.takewhile(lambda each: each[1].timeout <= moment, list(self._connections.items()))
+        return [connection for descriptor, _ in late if (connection := self._connections.pop(descriptor, None)) is not None]
 
 
 class PatientWorker(ThreadWorker):
-    """The worker class of `gunicorn_conf`."""
+    """The worker class of `gunicorn_conf`. The main thread accepts, and closes what stays idle for too long; the others serve."""
 
     def accept(self, listener: Any) -> None:
         try:
@@ -67,17 +133,66 @@ class PatientWorker(ThreadWorker):
                 raise
             return
         client = PatientSocket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-        self.nr_conns += 1
-        self.enqueue_req(PatientConnection(self.cfg, client, address, listener.getsockname()))
+        connection = TConn(self.cfg, client, address, listener.getsockname())
+        connection.data_ready = True  # by the time a thread takes it
+        self._count_connections(1)
+        self.keepalived_conns.add(connection)
+
+    def run(self) -> None:
+        self._counting = threading.Lock()
+        self.keepalived_conns = Idle()
+        self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
+        for _ in range(self.cfg.threads):
+            threading.Thread(target=self._serve, name="jobsys web", daemon=True).start()
+        while self.alive and self.is_parent_alive():
+            self.notify()
+            self.set_accept_enabled(self.nr_conns < self.worker_connections)
+            self.wait_for_and_dispatch_events(1.0)
+            self._close_late(time.monotonic())
+        self.set_accept_enabled(False)
+        began = time.monotonic()
+        while self.nr_conns and time.monotonic() < began + self.cfg.graceful_timeout:
+            self.notify()
+            # Who was promised that the connection stays may be sending the next request; it is answered with "Connection: close".
+            self._close_late(time.monotonic() if time.monotonic() < began + STOP_KEEPALIVE_LINGER else math.inf)
+            self.wait_for_and_dispatch_events(0.1)
+        for listener in self.sockets:
+            listener.close()
 
     def handle(self, conn: TConn) -> Any:
-        taken = self.nr_conns - len(self.keepalived_conns) - len(self.pending_conns)
-        conn.sock.deadline = time.monotonic() + (PATIENCE if taken <= self.cfg.threads else HURRY)
+        taken = self.nr_conns - len(self.keepalived_conns)
+        conn.sock.deadline = time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY)
         keep = super().handle(conn)
         if keep is False and not conn.sock.late:
             conn.sock.deadline = time.monotonic() + LINGER
             util.close_graceful(conn.sock, timeout=LINGER)
         return keep
+
+    def _serve(self) -> None:
+        while True:
+            connection = self.keepalived_conns.take()
+            try:
+                # Of a client that doesn't wait for answers, the next request may have been read along with this one.
+                while (keep := self.handle(connection)) and connection.parser.unreader.buf.getvalue():
+                    pass
+                if keep:
+                    self.keepalived_conns.add(connection)
+                    continue
+            except Exception:
+                self.log.exception("a connection ended badly")
+            self._end(connection)
+
+    def _end(self, connection: TConn) -> None:
+        connection.close()
+        self._count_connections(-1)
+
+    def _close_late(self, moment: float) -> None:
+        for connection in self.keepalived_conns.take_late(moment):
+            self._end(connection)
+
+    def _count_connections(self, change: int) -> None:
+        with self._counting:
+            self.nr_conns += change
 
 
 def _write_problem(client: socket.socket, status: int, reason: str, message: str) -> None:

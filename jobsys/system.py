@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import dramatiq
 import psycopg2
@@ -31,8 +31,7 @@ LONGEST_DELAY = 10 * 366 * 86400
 log = logs.get(__name__)
 
 
-@dataclass(frozen=True)
-class JobRecord:
+class JobRecord(NamedTuple):
     """One job as it stands. Times are aware, in UTC; `attempt` counts the starts, `error` is the last failed attempt's."""
 
     id: str
@@ -68,8 +67,7 @@ class JobRecord:
         return self.status in FINISHED
 
 
-@dataclass(frozen=True)
-class Submission:
+class Submission(NamedTuple):
     """A job to be submitted, for `submit_many`; the fields are the arguments of `JobSystem.submit`."""
 
     type: str
@@ -472,7 +470,7 @@ class JobSystem:
             first, same = self._first_with_key(using, job)
             if not same:
                 raise IdempotencyConflict(str(job.idempotency_key))
-            return replace(_record(db.run(using, "job", id=first)[0]), replayed=True)
+            return _record(db.run(using, "job", id=first)[0])._replace(replayed=True)
 
     def _stream_all(self, connection: Any, jobs: Iterable[Submitted]) -> list[str]:
         """Insert the plain ones as they come, then the others; all their ids, in the order given."""

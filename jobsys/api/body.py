@@ -35,9 +35,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not raw:
         raise Problem(400, "the body is empty; send a JSON object, {} if there is nothing to say")
     try:
-        value = json.loads(
-            raw.decode(), parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number, object_pairs_hook=_object
-        )
+        value = _decoder.decode(raw.decode())
     except UnicodeDecodeError:
         raise Problem(400, "the body is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -123,6 +121,9 @@ def _number(text: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise Problem(400, f"the body is not JSON: {name} is no number there")
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number, object_pairs_hook=_object)
 
 
 def _too_deep() -> Problem:
