@@ -92,7 +92,8 @@ class Claims:
         self._naps: dict[str, int] = {}
         """The queues this process sleeps on, as its row says, and how often it has looked since."""
         self._found: dict[str, tuple[float, float]] = {}
-        self._not_before: dict[str, float] = {}
+        self._emptied: dict[str, float] = {}
+        """The queues in which the last claim left nothing, and until when not to look again."""
         self._places: dict[str, dict[int, tuple[str, str]]] = {}
         self._look_from_start_at: dict[str, float] = {}
         self._priorities: dict[str, tuple[float, list[int]]] = {}
@@ -126,7 +127,7 @@ class Claims:
         bell = self._bells.setdefault(queue_name, threading.Event())
         deadline = time.monotonic() + timeout
         while not self.closed:
-            self._gather(queue_name)
+            self._rest(queue_name, bell)
             bell.clear()
             with self._turns:
                 room = self._wait_for_room(deadline)
@@ -289,8 +290,8 @@ class Claims:
             with contextlib.suppress(DatabaseUnavailable):
                 self._database.run("wake", id=self._worker(), queue=queue_name)
                 self._naps.pop(queue_name, None)
-        if brisk and len(jobs) < room:
-            self._not_before[queue_name] = time.monotonic() + GATHER
+        if len(jobs) < room and (brisk or queue_name in self._naps):
+            self._emptied[queue_name] = time.monotonic() + (GATHER if brisk else NAPS[0])
 
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:
         """Nothing was found. How long to wait: while work came briskly just now, a moment; not at all right after saying that this process
@@ -316,10 +317,15 @@ class Claims:
         self._found[queue_name] = (now, briskness)
         return briskness
 
-    def _gather(self, queue_name: str) -> None:
-        """Wait a moment after a claim that emptied the queue, while work comes briskly: the next one then brings more than a job or two."""
-        left = self._not_before.pop(queue_name, 0.0) - time.monotonic()
-        if left > 0:
+    def _rest(self, queue_name: str, bell: threading.Event) -> None:
+        """Wait a moment after a claim that emptied the queue. While work comes briskly, the next one then brings more than a job or two;
+        else nothing can have come without a notification, and what was claimed starts the sooner."""
+        left = self._emptied.pop(queue_name, 0.0) - time.monotonic()
+        if left <= 0:
+            return
+        if queue_name in self._naps:
+            bell.wait(left)
+        else:
             time.sleep(left)
 
     def forget(self) -> None:
