@@ -104,13 +104,13 @@ select priority from present where priority is not null;
 select name from queues where paused or rate_count is not null or max_running is not null;
 
 -- name: finish
-select finish_jobs(%(id)s::uuid[], %(claim)s::integer[], %(result)s::jsonb[])::text;
+select finish_jobs(%(id)s::uuid[], %(claim)s::bigint[], %(result)s::jsonb[])::text;
 
 -- name: retry
 -- A failed attempt that will be followed by another after `delay` seconds; unless somebody asked for a stop meanwhile.
 with failed as (
     select * from unnest(
-        %(id)s::uuid[], %(claim)s::integer[], %(worker)s::uuid[], %(delay)s::float8[], %(options)s::jsonb[],
+        %(id)s::uuid[], %(claim)s::bigint[], %(worker)s::uuid[], %(delay)s::float8[], %(options)s::jsonb[],
         %(type)s::text[], %(message)s::text[], %(traceback)s::text[], %(fingerprint)s::text[]
     ) as failed(id, claim, worker, delay, options, type, message, traceback, fingerprint)
 ), changed as (
@@ -142,7 +142,7 @@ select id::text from changed;
 -- A failed attempt that was the last: FAILED, or DEAD when the job could not be run at all.
 with failed as (
     select * from unnest(
-        %(id)s::uuid[], %(claim)s::integer[], %(status)s::text[], %(options)s::jsonb[],
+        %(id)s::uuid[], %(claim)s::bigint[], %(status)s::text[], %(options)s::jsonb[],
         %(type)s::text[], %(message)s::text[], %(traceback)s::text[], %(fingerprint)s::text[]
     ) as failed(id, claim, status, options, type, message, traceback, fingerprint)
 ), changed as (
@@ -163,7 +163,7 @@ select id::text from changed;
 -- name: release
 -- Back to the queue as the same attempt: claimed and not started, or interrupted by a shutdown. A requested stop wins.
 with given as (
-    select * from unnest(%(id)s::uuid[], %(claim)s::integer[]) as given(id, claim)
+    select * from unnest(%(id)s::uuid[], %(claim)s::bigint[]) as given(id, claim)
 ), changed as (
     update jobs
     set status = case when stop_requested is null then 'PENDING' else 'CANCELLED' end::job_status,
@@ -180,7 +180,7 @@ select id::text from changed;
 -- The end of a job that was asked to stop, and did.
 update jobs
 set status = 'CANCELLED', finished_at = clock_timestamp()
-from unnest(%(id)s::uuid[], %(claim)s::integer[]) as stopped(id, claim)
+from unnest(%(id)s::uuid[], %(claim)s::bigint[]) as stopped(id, claim)
 where jobs.id = stopped.id and jobs.claim = stopped.claim and jobs.status::text = 'PROCESSING'
 returning jobs.id::text;
 
@@ -189,7 +189,7 @@ returning jobs.id::text;
 with told as (
     update jobs
     set progress = latest.progress
-    from unnest(%(id)s::uuid[], %(claim)s::integer[], %(progress)s::jsonb[]) as latest(id, claim, progress)
+    from unnest(%(id)s::uuid[], %(claim)s::bigint[], %(progress)s::jsonb[]) as latest(id, claim, progress)
     where jobs.id = latest.id and jobs.claim = latest.claim and jobs.status::text = 'PROCESSING'
 )
 insert into events (job_id, at, kind, attempt, message)

@@ -1,7 +1,7 @@
 -- jobsys keeps every job as one row of `jobs`, and that row is also the message its worker receives: there is no other broker.
 --
 -- A job is inserted PENDING (due) or SCHEDULED (due at run_at). A worker claims due jobs with `for update skip locked`: the row
--- becomes PROCESSING, names its worker, and its `claim` number goes up by one, for good. Whatever that worker writes later (finish,
+-- becomes PROCESSING, names its worker, and its `claim` number goes up, for good. Whatever that worker writes later (finish,
 -- retry, bury, release, cancel) names the id and the claim number and changes nothing unless both still fit: a worker that was taken for
 -- dead can't overwrite the one that took over. `attempt` is the number people see: it is given back when a shutdown interrupts
 -- a job, and starts again when an operator retries it; `claim` never goes down, and so it can be the fence.
@@ -43,7 +43,7 @@ create table jobs (
     options         jsonb       not null default '{}',                  -- Dramatiq's, for its middleware
     status          job_status  not null default 'PENDING',
     attempt         integer     not null default 0,                     -- how often it was started, as people count
-    claim           integer     not null default 0,                     -- how often it was claimed, ever: the fence
+    claim           bigint      not null default 0,                     -- a greater number at each claim: the fence
     crashes         integer     not null default 0,                     -- how often its worker died under it
     max_attempts    integer     default 0,                              -- null: without end
     run_at          timestamptz not null default clock_timestamp(),     -- not before
@@ -96,7 +96,7 @@ create table job_types (
 
 create table failures (
     job_id      uuid        not null references jobs on delete cascade,
-    claim       integer     not null,
+    claim       bigint      not null,
     attempt     integer     not null,
     started_at  timestamptz not null,
     at          timestamptz not null default clock_timestamp(),
@@ -249,6 +249,10 @@ create trigger jobs_deleted after delete on jobs
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
 -- lost. A place begins where the last claim ended (see claims.py), because dead index entries before it may be many while an old snapshot is
 -- held. Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
+--
+-- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission) takes it
+-- there, and PostgreSQL by itself within 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
+-- number is random, so that the claim which was forgotten and the next one differ, and only the next one's outcome counts.
 create function claim_jobs(
     worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer
 ) returns setof jobs
@@ -280,16 +284,18 @@ begin
     if found_ids = '{}' then
         return;
     end if;
+    set local synchronous_commit = off;
     return query
     update jobs
-    set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1, started_at = clock_timestamp(), worker = worker_id, progress = null
+    set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1 + (random() * 2147483647)::bigint, started_at = clock_timestamp(),
+        worker = worker_id, progress = null
     where id = any(found_ids)
     returning *;
 end $$;
 
 -- Jobs whose attempt succeeded are COMPLETED. `any(array[…])` and `status::text` leave the planner the primary key as the only way from a
 -- claim to its row: it can neither join by hashing or sorting all jobs, nor walk through all that run (and, under an old snapshot, ran).
-create function finish_jobs(ids uuid[], claims integer[], results jsonb[]) returns setof uuid
+create function finish_jobs(ids uuid[], claims bigint[], results jsonb[]) returns setof uuid
 language plpgsql
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
 #variable_conflict use_column

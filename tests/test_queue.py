@@ -18,6 +18,7 @@ from jobsys.ids import new_job_id
 from jobsys.system import JobSystem, Submission
 
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
+LOOK = {"queues": ["default"] * 3, "priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
 
 
 class Worker:
@@ -42,11 +43,8 @@ class Worker:
         rows = self.database.run(
             "claim",
             worker=self.id,
-            queues=[queue] * 3,
             types=types or ["TEST_JOB", "INGEST_BATCH"],
-            priorities=[-10, 0, 10],
-            from_run_at=[BEGINNING[0]] * 3,
-            from_id=[BEGINNING[1]] * 3,
+            **LOOK | {"queues": [queue] * 3},
             n=n,
         )
         return [(row[0], row[6]) for row in sorted(rows, key=itemgetter(2, 8, 0))]
@@ -130,6 +128,21 @@ def test_a_released_job_keeps_its_attempt_number_and_yet_the_old_claim_is_void(s
     assert system.job(job.id).attempt == 1
     assert worker.finish(first) == []
     assert worker.finish(second) == [job.id]
+
+
+def test_a_claim_that_postgresql_forgot_in_a_crash_is_void(system: JobSystem, worker: Worker, database_url: str) -> None:
+    job = system.submit("TEST_JOB")
+    with psycopg2.connect(database_url) as connection:
+        [(id, *_, forgotten, _, _, _, _, _)] = db.run(connection, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK, n=1)
+        with connection.cursor() as cursor:
+            cursor.execute("show synchronous_commit")
+            assert cursor.fetchone() == ("off",), "nobody waits for the disk before a job starts"
+        connection.rollback()
+    connection.close()
+    other = Worker(system.database, pid=2)
+    [claimed] = other.claim()
+    assert worker.finish((id, forgotten)) == [] and worker.fail((id, forgotten)) == []
+    assert other.finish(claimed) == [job.id]
 
 
 def test_an_operators_retry_does_not_make_an_old_claim_valid_again(system: JobSystem, worker: Worker) -> None:
@@ -395,9 +408,6 @@ def pile_up(database_url: str, status: str, **columns: str) -> None:
     given = {"type": "'TEST_JOB'", "queue": "'default'", "priority": "0", "max_attempts": "4", "status": f"'{status}'", **columns}
     insert = f"insert into jobs ({', '.join(given)}) select {', '.join(given.values())} from generate_series(1, 10000) n"
     execute(database_url, f"set session_replication_role = replica; {insert}")
-
-
-LOOK = {"queues": ["default"] * 3, "priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
 
 
 def test_what_was_planned_on_an_empty_table_serves_a_full_one(system: JobSystem, worker: Worker, database_url: str) -> None:
