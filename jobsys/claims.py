@@ -77,10 +77,10 @@ class Claims:
         self.closed = False
         self.workers = 1
         """How many worker processes there are."""
-        self.busy = threading.Event()
-        """Set while claims bring more jobs than can start at once…"""
         self.above: int | None = None
-        """…and the priority of the most urgent of them."""
+        """While claims bring more jobs than can start at once: the priority of the most urgent of them…"""
+        self.overtake = threading.Event()
+        """…and set when there may be a more urgent one."""
         self._database = database
         self._worker = worker
         self._types = types
@@ -91,6 +91,9 @@ class Claims:
         self._bells: dict[str, threading.Event] = {}
         self._naps: dict[str, int] = {}
         """The queues this process sleeps on, as its row says, and how often it has looked since."""
+        self._busy_above: int | None = None
+        """What this process's row says that it is busy with, and until when that needs no correction downwards."""
+        self._busy_until = 0.0
         self._found: dict[str, tuple[float, float]] = {}
         self._emptied: dict[str, float] = {}
         """The queues in which the last claim left nothing, and until when not to look again."""
@@ -101,15 +104,12 @@ class Claims:
         self._limits_read_at = float("-inf")
         self._pace_samples: deque[tuple[float, int, float]] = deque([(time.monotonic(), 0, 0.0)])
 
-    @property
-    def queues(self) -> int:
-        """How many queues are looked into."""
-        return len(self._bells)
-
     def wake(self, queue_name: str) -> None:
         """Somebody says that a job of this queue is due."""
         if bell := self._bells.get(queue_name):
             bell.set()
+        if self.above is not None:
+            self.overtake.set()
 
     def wake_all(self) -> None:
         """Look at every queue again: something may have been missed."""
@@ -120,6 +120,7 @@ class Claims:
         """Claim nothing any more; every `take` returns at once."""
         self.closed = True
         self.wake_all()
+        self.overtake.set()
         self.work.room.set()
 
     def take(self, queue_name: str, timeout: float) -> list[RunningJob]:
@@ -144,8 +145,8 @@ class Claims:
                 return []
         return []
 
-    def claim_urgent(self, above: int) -> list[RunningJob]:
-        """The most urgent of the jobs that are more urgent than the priority `above`, of whichever queue. Raises DatabaseUnavailable.
+    def claim_urgent(self) -> list[RunningJob]:
+        """The most urgent of the jobs that are more urgent than those in memory, of whichever queue. Raises DatabaseUnavailable.
 
         For the lookout: takes no turn, and needs no room. Dramatiq's threads ask each job for its queue, so that it needn't come through
         that queue's consumer."""
@@ -155,7 +156,7 @@ class Claims:
             for queue_name in list(self._places)
             if queue_name not in self._limited
             for priority in self._known_priorities(queue_name, now)
-            if priority < above
+            if self.above is not None and priority < self.above
         ]
         if not looks or self.closed:
             return []
@@ -283,8 +284,7 @@ class Claims:
     def _note_work(self, queue_name: str, jobs: list[RunningJob], room: int) -> None:
         """Work was found. When it comes briskly it is worth a write to say that this process is awake and needs no notifications."""
         if len(jobs) > self.work.threads:
-            self.above = jobs[0].priority
-            self.busy.set()
+            self._be_busy(jobs[0].priority)
         brisk = self._briskness(queue_name, len(jobs)) > BRISK
         if brisk and queue_name in self._naps:
             with contextlib.suppress(DatabaseUnavailable):
@@ -297,17 +297,32 @@ class Claims:
         """Nothing was found. How long to wait: while work came briskly just now, a moment; not at all right after saying that this process
         sleeps; then longer and longer."""
         if not self.work.expected:
-            self.busy.clear()
+            self.above = None
         if queue_name not in self._naps:
             if self._briskness(queue_name, 0) > BRISK / 4:
                 return GATHER
             self._database.run("sleep", id=self._worker(), queue=queue_name)
             self._naps[queue_name] = 0
+            if self.above is None and self._busy_above is not None:
+                self._database.run("be_busy", id=self._worker(), above=None)
+                self._busy_above = None
             return 0
         naps = self._naps.get(queue_name, 0)  # the heart may have cleared them just now
         self._naps[queue_name] = naps + 1
         nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)
+
+    def _be_busy(self, above: int) -> None:
+        """Jobs of this priority wait in memory. It is worth a write to hear of more urgent ones; to hear of fewer, now and then."""
+        self.above = above
+        now = time.monotonic()
+        if above == self._busy_above:
+            self._busy_until = now + LATEST_START
+        elif self._busy_above is None or above > self._busy_above or now > self._busy_until:
+            with contextlib.suppress(DatabaseUnavailable):
+                self._database.run("be_busy", id=self._worker(), above=above)
+                self._busy_above, self._busy_until = above, now + LATEST_START
+                self.overtake.set()  # one may have come before this was known
 
     def _briskness(self, queue_name: str, found: int) -> float:
         """About how many jobs were found in the last tenth of a second, `found` of them now: each counts half after 70 ms."""
@@ -329,8 +344,9 @@ class Claims:
             time.sleep(left)
 
     def forget(self) -> None:
-        """This process is a new worker now: nobody knows what it sleeps on."""
+        """This process is a new worker now: nobody knows what it waits for."""
         self._naps.clear()
+        self._busy_above = None
         self.wake_all()
 
 

@@ -1,57 +1,54 @@
 """Looks out for urgent jobs while a worker process is busy with others.
 
 No-op jobs are claimed by the hundred, and one such claim takes tens of milliseconds. A more urgent job that comes meanwhile would wait for
-it; this thread finds it within some milliseconds, claims it by itself, and puts it in front.
+it; this thread hears of it (see `busy_above` in schema.sql), claims it by itself, and puts it in front. Should it not hear, the next of
+those claims brings the job all the same.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from jobsys import logs
 from jobsys.errors import DatabaseUnavailable
-from jobsys.job_types import PRIORITIES
 
 if TYPE_CHECKING:
     from jobsys.presence import Presence
 
-GLANCE = 0.0025
-"""Seconds between two glances, for each worker process there is: more of them share the work."""
-MANY_QUEUES = 20
-"""With more queues a glance costs more, and there are fewer."""
-MOST_URGENT = min(PRIORITIES.values())
+ENOUGH = 4
+"""So many processes go for an urgent job that all are told of; if none does, which is rare, see above."""
+PAUSE = 0.001
+"""Seconds between two claims, at least."""
 log = logs.get(__name__)
 
 
 class Lookout(threading.Thread):
-    """Glances at the queues while there is something to be overtaken, until it is stopped."""
+    """Goes for more urgent jobs when there may be one, until it is stopped."""
 
     def __init__(self, presence: Presence) -> None:
         super().__init__(name="jobsys lookout", daemon=True)
         self._claims = presence.claims
         self._work = presence.work
-        self._stopped = False
 
     def run(self) -> None:
-        while not self._stopped:
-            self._claims.busy.wait()
-            above = self._claims.above
-            if above is not None and above > MOST_URGENT and self._work.could_start:
-                self._glance(above)
-            time.sleep(GLANCE * self._claims.workers * max(1.0, self._claims.queues / MANY_QUEUES))
+        while not self._claims.closed:
+            self._claims.overtake.wait()
+            self._claims.overtake.clear()
+            if self._work.could_start and random.random() * self._claims.workers < ENOUGH:
+                self._overtake()
+            time.sleep(PAUSE)
 
     def stop(self) -> None:
-        """Look no more."""
-        self._stopped = True
-        self._claims.busy.set()
+        """Wait for its end, which closing the claims brings about."""
         if self.is_alive():
             self.join(5)
 
-    def _glance(self, above: int) -> None:
+    def _overtake(self) -> None:
         try:
-            self._work.put_all(self._claims.claim_urgent(above))
+            self._work.put_all(self._claims.claim_urgent())
         except DatabaseUnavailable:
             time.sleep(1)  # the consumers say so, and go on trying
         except Exception:

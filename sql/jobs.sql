@@ -109,7 +109,7 @@ insert into queues (name, paused) values (%(queue)s, %(paused)s)
 on conflict (name) do update set paused = excluded.paused;
 
 -- name: wake_queue
-select wake_workers(array[%(queue)s]);
+select wake_workers(array[%(queue)s], array[null]::smallint[]);
 
 -- name: queue_settings
 select name, paused, rate_count, extract(epoch from rate_period)::float8, max_running from queues;

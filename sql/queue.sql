@@ -264,6 +264,10 @@ update workers set suspect = %(job)s::uuid where id = %(id)s returning id::text;
 -- From here on whoever makes a job of this queue due sends a notification. Look once more before waiting for it.
 update workers set asleep = array_append(asleep, %(queue)s) where id = %(id)s and not %(queue)s = any(asleep);
 
+-- name: be_busy
+-- From here on whoever makes a job due that is more urgent than this sends a notification; null: only sleepers want any.
+update workers set busy_above = %(above)s where id = %(id)s;
+
 -- name: wake
 update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s and %(queue)s = any(asleep);
 

@@ -14,7 +14,7 @@
 -- nothing for history. `events` holds what a job logs and what operators do. `queues` has a row for each queue that is paused or limited.
 --
 -- Counting never reads `jobs`: triggers append what each statement changed to `tally_log`, and reading sums it into `tallies`.
--- The same triggers wake sleeping workers, with NOTIFY, only when one sleeps. So a plain `insert into jobs` from any
+-- The same triggers tell workers of due jobs, with NOTIFY, only when one sleeps or is busy with less urgent ones. So a plain `insert into jobs` from any
 -- client, inside any transaction, is counted, notified and run like every other job.
 --
 -- The statements that work on these tables are in queue.sql (the broker's) and jobs.sql (reads and the operator's verbs).
@@ -133,6 +133,7 @@ create table workers (
     session_pid   integer     not null,     -- the backend it beats through,
     session_start timestamptz not null,     -- and since when, because pids are used again
     asleep        text[]      not null default '{}',  -- the queues it waits on for a notification
+    busy_above    smallint,                           -- what it has in memory has this priority: it wants to hear of more urgent jobs
     suspect       uuid                                -- the job it runs alone, because that may be a killer
 ) with (fillfactor = 50);
 
@@ -164,11 +165,15 @@ create table schema_versions (
     applied_at timestamptz not null default clock_timestamp()
 );
 
-create function wake_workers(ready_queues text[]) returns void
+-- Tell of due jobs of these queues and priorities whoever waits for them: who sleeps, and who is busy with less urgent ones.
+create function wake_workers(due_queues text[], due_priorities smallint[]) returns void
 language sql volatile set search_path from current as $$
-    select pg_notify('jobsys', queue)
-    from unnest(ready_queues) as ready(queue)
-    where exists (select from workers where ready.queue = any(workers.asleep))
+    select pg_notify('jobsys', due.queue)
+    from unnest(due_queues, due_priorities) as due(queue, priority)
+    where exists (
+        select from workers
+        where due.queue = any(workers.asleep) or due.priority < workers.busy_above and due.queue = any(workers.queues)
+    )
 $$;
 
 -- A plain `insert into jobs (type, payload)` gets what its type declares, once a worker has said so; and a run_at to come makes it SCHEDULED.
@@ -194,8 +199,11 @@ language plpgsql set search_path from current as $$
 begin
     insert into tally_log (queue, type, status, entered, departed)
     select queue, type, unnest(array['CREATED', status::text]), count(*), 0 from added group by queue, type, status;
-    if exists (select from workers where asleep <> '{}') then
-        perform wake_workers(array(select distinct queue from added where status = 'PENDING'));
+    if exists (
+        select from workers where asleep <> '{}' or busy_above > (select min(priority) from added where status = 'PENDING')
+    ) then
+        perform wake_workers(array_agg(queue), array_agg(priority))
+        from (select queue, min(priority) as priority from added where status = 'PENDING' group by queue) as due;
     end if;
     return null;
 end $$;
@@ -213,8 +221,11 @@ begin
     ) as moves
     group by queue, type, status
     having sum(n) <> 0;
-    if exists (select from workers where asleep <> '{}') then
-        perform wake_workers(array(select distinct queue from changed where status = 'PENDING'));
+    if exists (
+        select from workers where asleep <> '{}' or busy_above > (select min(priority) from changed where status = 'PENDING')
+    ) then
+        perform wake_workers(array_agg(queue), array_agg(priority))
+        from (select queue, min(priority) as priority from changed where status = 'PENDING' group by queue) as due;
     end if;
     return null;
 end $$;

@@ -48,22 +48,24 @@ def test_an_urgent_job_is_claimed_while_a_crowd_is_in_memory(system: JobSystem, 
     system.submit_many(Submission("TEST_JOB") for _ in range(2 * THREADS))
     claims.take("ingestion", 0.01)
     assert len(claims.take("default", 0.1)) == THREADS
-    assert claims.claim_urgent(above=0) == [], "those that wait are no more urgent than those that are here"
+    claims.above = 0
+    assert claims.claim_urgent() == [], "those that wait are no more urgent than those that are here"
     urgent = system.submit(type, {"ids": [1]} if type == "INGEST_BATCH" else None, priority="high")
-    [claimed] = claims.claim_urgent(above=0)
+    [claimed] = claims.claim_urgent()
     assert (claimed.message_id, claimed.queue_name) == (urgent.id, queue)
-    assert claims.claim_urgent(above=0) == []
+    assert claims.claim_urgent() == []
     assert claimed in claims.work.expected
 
 
 def test_nothing_urgent_is_claimed_from_a_paused_queue_nor_by_a_process_that_leaves(system: JobSystem, claims: Claims) -> None:
     claims.take("default", 0.01)
+    claims.above = 0
     system.submit("TEST_JOB", priority="high")
     system.pause("default")
-    assert claims.claim_urgent(above=0) == []
+    assert claims.claim_urgent() == []
     system.resume("default")
     claims.close()
-    assert claims.claim_urgent(above=0) == []
+    assert claims.claim_urgent() == []
 
 
 def test_a_process_sleeps_when_it_finds_nothing_and_is_awake_while_work_comes_briskly(

@@ -284,6 +284,30 @@ def test_totals_survive_pruning(system: JobSystem, worker: Worker, database_url:
     assert execute(database_url, "select count(*) from jobs") == [(2,)], "what has not finished stays, however old"
 
 
+def test_only_who_waits_for_a_job_is_told_of_it(system: JobSystem, worker: Worker, database_url: str) -> None:
+    with contextlib.closing(psycopg2.connect(database_url)) as listener:
+        listener.autocommit = True
+        listener.cursor().execute("listen jobsys")
+
+        def told(**job: Any) -> list[str]:
+            system.submit("TEST_JOB", **job)
+            listener.cursor().execute("select")
+            listener.poll()
+            names = [notification.payload for notification in listener.notifies]
+            listener.notifies.clear()
+            return names
+
+        assert told() == [], "nobody sleeps, nobody is busy"
+        system.database.run("sleep", id=worker.id, queue="default")
+        assert told(priority="low") == ["default"]
+        system.database.run("wake", id=worker.id, queue="default")
+        system.database.run("be_busy", id=worker.id, above=0)
+        assert told() == [] and told(priority="low") == [] and told(priority="high", delay=60) == []
+        assert told(priority="high") == ["default"]
+        execute(database_url, "update workers set queues = array['another']")
+        assert told(priority="high") == []
+
+
 def test_a_plain_insert_in_sql_is_a_job_like_any_other(system: JobSystem, worker: Worker, database_url: str) -> None:
     [(id,)] = execute(database_url, "insert into jobs (type, payload) values ('TEST_JOB', '{\"sleepMs\": 1}') returning id::text")
     assert system.counts()["PENDING"] == 1
