@@ -28,7 +28,7 @@ from jobsys import db
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission
 from jobsys.ids import new_job_id
 from jobsys.job_types import PRIORITIES, JobType, Registry, encode
-from jobsys.middleware import stack, unreadable
+from jobsys.middleware import NOT_FOR_PLAIN_JOBS, stack, unreadable
 from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry
 from jobsys.presence import Presence
 from jobsys.running import RunningJob
@@ -40,15 +40,18 @@ class JobsBroker(PostgresBroker):
     """The broker. Opens no connection before something is sent or consumed."""
 
     def __init__(self, database: db.Database, *, settings: Settings) -> None:
-        super().__init__(pool=database, results=False, middleware=stack(settings))
+        own = stack(settings)
+        super().__init__(pool=database, results=False, middleware=own)
         self.database = database
         self.settings = settings
         self.job_types: dict[str, JobType] = {}
         self.presence: Presence | None = None
-        self._hooks: dict[str, list[Callable[..., Any]]] = {}
+        self._hooks: dict[tuple[str, bool], list[Callable[..., Any]]] = {}
         self._running = threading.local()
         self._lock = threading.Lock()
-        self.add_middleware(Results(backend=JobResults(database), store_results=True))
+        results = Results(backend=JobResults(database), store_results=True)
+        self.add_middleware(results)
+        self._not_for_plain_jobs = {results, *(each for each in own if isinstance(each, NOT_FOR_PLAIN_JOBS))}
         self.add_middleware(Attendance())
 
     def declare_job_types(self, registry: Registry) -> None:
@@ -134,10 +137,11 @@ class JobsBroker(PostgresBroker):
         job_type = self.job_types.get(row[1])
         return RunningJob(row, worker=worker, job_type=job_type, max_crashes=self.settings.max_crashes)
 
-    # Signals: Dramatiq asks every middleware about every signal; here only those that listen are asked.
+    # Signals: Dramatiq asks every middleware about every signal; here only those that listen are asked, and about a plain job that has
+    # not failed (no options, hence no callbacks, no pipeline, no age limit; its result already noted) only those it may concern.
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        for hook in self._listeners("before_" + signal):
+        for hook in self._listeners("before_" + signal, signal == "process_message" and args[0].plain):
             try:
                 hook(self, *args, **kwargs)
             except (MiddlewareError, InvalidSubmission):
@@ -146,7 +150,7 @@ class JobsBroker(PostgresBroker):
                 self.logger.critical("Unexpected failure in before_%s of %r.", signal, hook, exc_info=True)
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        for hook in self._listeners("after_" + signal):
+        for hook in self._listeners("after_" + signal, signal == "process_message" and "exception" not in kwargs and args[0].plain):
             try:
                 hook(self, *args, **kwargs)
             except Exception:
@@ -157,13 +161,14 @@ class JobsBroker(PostgresBroker):
         super().add_middleware(middleware, before=before, after=after)
         self._hooks = {}
 
-    def _listeners(self, hook: str) -> list[Callable[..., Any]]:
-        listeners = self._hooks.get(hook)
+    def _listeners(self, hook: str, plain: bool) -> list[Callable[..., Any]]:
+        listeners = self._hooks.get((hook, plain))
         if listeners is None:
             default = getattr(Middleware, hook, None)
             order = reversed(self.middleware) if hook.startswith("after_") else self.middleware
-            listeners = [getattr(each, hook) for each in order if getattr(type(each), hook, None) is not default]
-            self._hooks[hook] = listeners
+            listening = (each for each in order if getattr(type(each), hook, None) is not default)
+            listeners = [getattr(each, hook) for each in listening if not (plain and each in self._not_for_plain_jobs)]
+            self._hooks[hook, plain] = listeners
         return listeners
 
     # The rest of Dramatiq's interface

@@ -112,6 +112,10 @@ class DeadLetters(Middleware):
         message.dead = isinstance(exception, CannotRun)
 
 
+NOT_FOR_PLAIN_JOBS = (AgeLimit, Callbacks, Pipelines, Retries, DeadLetters)
+"""What has nothing to do with a job that did not fail and has no options."""
+
+
 def stack(settings: Settings) -> list[Middleware]:
     """The middleware, first to last. `before_…` hooks run in this order, `after_…` hooks in the opposite one.
 

@@ -72,6 +72,11 @@ class RunningJob(MessageProxy):
         return read
 
     @property
+    def plain(self) -> bool:
+        """Whether this is an attempt at a job type without options of Dramatiq's."""
+        return self.job_type is not None and len(self.options) == 1  # max_retries
+
+    @property
     def args(self) -> tuple[Any, ...]:
         """What the actor is called with. The actor of a job type gets this object, and validates the payload itself."""
         return (self,) if self.job_type is not None else tuple(self.options.get("args", ()))
