@@ -244,9 +244,10 @@ class Claims:
         return rows
 
     def _known_priorities(self, queue_name: str, now: float) -> list[int]:
-        """The named priorities, and whatever others Dramatiq's actors brought into this queue, looked up once in a while."""
+        """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up about once in a poll interval, by one
+        process or another."""
         read_at, priorities = self._priorities.get(queue_name, (float("-inf"), []))
-        if now - read_at > self._poll_interval:
+        if now - read_at > self._poll_interval * self.workers:
             priorities = sorted({*PRIORITIES.values(), *(row[0] for row in self._database.run("priorities", queue=queue_name))})
             self._priorities[queue_name] = (now, priorities)
         return priorities
