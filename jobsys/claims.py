@@ -150,13 +150,13 @@ class Claims:
 
         For the lookout: takes no turn, and needs no room. Dramatiq's threads ask each job for its queue, so that it needn't come through
         that queue's consumer."""
-        now = time.monotonic()
+        now, above = time.monotonic(), self.above
         looks = [
             (priority, queue_name)
             for queue_name in list(self._places)
             if queue_name not in self._limited
             for priority in self._known_priorities(queue_name, now)
-            if self.above is not None and priority < self.above
+            if above is not None and priority < above
         ]
         if not looks or self.closed:
             return []
@@ -244,8 +244,8 @@ class Claims:
         return rows
 
     def _known_priorities(self, queue_name: str, now: float) -> list[int]:
-        """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up about once in a poll interval, by one
-        process or another."""
+        """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up about once in a poll interval, by
+        one process or another."""
         read_at, priorities = self._priorities.get(queue_name, (float("-inf"), []))
         if now - read_at > self._poll_interval * self.workers:
             priorities = sorted({*PRIORITIES.values(), *(row[0] for row in self._database.run("priorities", queue=queue_name))})

@@ -4,12 +4,13 @@ As it comes, a client that has connected and says nothing, or stops in the middl
 service. And a connection that ends badly is closed in the thread that accepts all others, up to 2 s each. Here a thread is
 taken only once something has arrived, a request must arrive at a decent pace, and each thread closes its own connections.
 
-As it comes, one thread also hands each request to another and takes the connection back, which costs as much again as serving it. Here
-the threads themselves wait for the next request, of whichever connection.
+As it comes, one thread also hands each request to another and takes the connection back, and both want the interpreter's lock for it.
+Here the threads themselves wait for the next request, of whichever connection.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -106,8 +107,10 @@ class Idle:
         """Wait for its next request."""
         connection.set_timeout()
         descriptor = connection.sock.fileno()
+        # In this order, and from here on the connection may be another thread's: should it be closed meanwhile, there is nothing to watch.
         self._connections[descriptor] = connection
-        self._readable.watch(descriptor)
+        with contextlib.suppress(OSError):
+            self._readable.watch(descriptor)
 
     def take(self) -> TConn:
         """Wait until one of them has something to read; it is the caller's then."""
@@ -151,7 +154,7 @@ class PatientWorker(ThreadWorker):
             self._close_late(time.monotonic())
         self.set_accept_enabled(False)
         began = time.monotonic()
-        while self.nr_conns and time.monotonic() < began + self.cfg.graceful_timeout:
+        while self.nr_conns > 0 and time.monotonic() < began + self.cfg.graceful_timeout:
             self.notify()
             # Who was promised that the connection stays may be sending the next request; it is answered with "Connection: close".
             self._close_late(time.monotonic() if time.monotonic() < began + STOP_KEEPALIVE_LINGER else math.inf)

@@ -135,6 +135,21 @@ def test_a_connection_serves_one_request_after_the_other(web: Running) -> None:
         assert not re.search(r"\d", answer.getheader("Server") or "")
 
 
+def test_more_connections_than_threads_are_served_in_turn_and_one_may_send_ahead(web: Running) -> None:
+    question = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(connect(web))) for _ in range(20)]
+        for _ in range(3):
+            for client in clients:
+                client.sendall(question * 2)
+            for client in clients:
+                answer = b""
+                while answer.count(b"HTTP/1.1 200 OK") < 2 or not answer.endswith(b"}"):
+                    part = client.recv(65536)
+                    assert part, answer
+                    answer += part
+
+
 def test_a_large_file_arrives_whole(web: Running, settings: Settings, system: JobSystem) -> None:
     job_id = system.submit("TEST_JOB").id
     settings.output_dir.mkdir()
