@@ -51,7 +51,7 @@ class JobsBroker(PostgresBroker):
         self._lock = threading.Lock()
         results = Results(backend=JobResults(database), store_results=True)
         self.add_middleware(results)
-        self._not_for_plain_jobs = {results, *(each for each in own if isinstance(each, NOT_FOR_PLAIN_JOBS))}
+        self._not_for_plain_jobs = {id(results), *(id(each) for each in own if isinstance(each, NOT_FOR_PLAIN_JOBS))}
         self.add_middleware(Attendance())
 
     def declare_job_types(self, registry: Registry) -> None:
@@ -167,7 +167,7 @@ class JobsBroker(PostgresBroker):
             default = getattr(Middleware, hook, None)
             order = reversed(self.middleware) if hook.startswith("after_") else self.middleware
             listening = (each for each in order if getattr(type(each), hook, None) is not default)
-            listeners = [getattr(each, hook) for each in listening if not (plain and each in self._not_for_plain_jobs)]
+            listeners = [getattr(each, hook) for each in listening if not (plain and id(each) in self._not_for_plain_jobs)]
             self._hooks[hook, plain] = listeners
         return listeners
 

@@ -244,10 +244,10 @@ class Claims:
         return rows
 
     def _known_priorities(self, queue_name: str, now: float) -> list[int]:
-        """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up about once in a poll interval, by
-        one process or another."""
+        """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up once in a poll interval, and more
+        rarely the more processes there are while this one is busy with it, because the probes walk over what has just been claimed."""
         read_at, priorities = self._priorities.get(queue_name, (float("-inf"), []))
-        if now - read_at > self._poll_interval * self.workers:
+        if now - read_at > self._poll_interval * (1 if queue_name in self._naps else self.workers):
             priorities = sorted({*PRIORITIES.values(), *(row[0] for row in self._database.run("priorities", queue=queue_name))})
             self._priorities[queue_name] = (now, priorities)
         return priorities
@@ -304,11 +304,11 @@ class Claims:
                 return GATHER
             self._database.run("sleep", id=self._worker(), queue=queue_name)
             self._naps[queue_name] = 0
-            if self.above is None and self._busy_above is not None:
-                self._database.run("be_busy", id=self._worker(), above=None)
-                self._busy_above = None
             return 0
         naps = self._naps.get(queue_name, 0)  # the heart may have cleared them just now
+        if naps >= len(NAPS) and self.above is None and self._busy_above is not None:
+            self._database.run("be_busy", id=self._worker(), above=None)
+            self._busy_above = None
         self._naps[queue_name] = naps + 1
         nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)

@@ -27,7 +27,7 @@ from gunicorn import util
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 PATIENCE, HURRY = 4.0, 1.5
-"""Seconds a request may take to arrive while threads are free, and while others wait for one…"""
+"""Seconds a request may take to arrive while other threads are free, and while none is…"""
 PACE = 20_000
 """…and the bytes that earn it one second more."""
 LONGEST_SEND = 60.0
@@ -120,9 +120,14 @@ class Idle:
                 return connection
 
     def take_late(self, moment: float) -> list[TConn]:
-        """Those whose time for another request is over at that moment; they are the caller's then."""
-        late = itertools.takewhile(lambda each: each[1].timeout <= moment, list(self._connections.items()))
-        return [connection for descriptor, _ in late if (connection := self._connections.pop(descriptor, None)) is not None]
+        """Those whose time for another request is over at that moment, and that have sent none; they are the caller's then."""
+        late = dict(itertools.takewhile(lambda each: each[1].timeout <= moment, list(self._connections.items())))
+        arrived = select.poll()
+        for descriptor in late:
+            arrived.register(descriptor, select.POLLIN)
+        for descriptor, _ in arrived.poll(0) if late else ():
+            del late[descriptor]  # a thread takes it as soon as one is free
+        return [connection for descriptor in late if (connection := self._connections.pop(descriptor, None)) is not None]
 
 
 class PatientWorker(ThreadWorker):
@@ -181,13 +186,15 @@ class PatientWorker(ThreadWorker):
                 if keep:
                     self.keepalived_conns.add(connection)
                     continue
-            except Exception:
+            except BaseException:  # also SystemExit: the thread has others to serve
                 self.log.exception("a connection ended badly")
             self._end(connection)
 
     def _end(self, connection: TConn) -> None:
         connection.close()
         self._count_connections(-1)
+        if not self._accepting:
+            self.method_queue.defer(lambda: None)  # the main thread may accept again, or end
 
     def _close_late(self, moment: float) -> None:
         for connection in self.keepalived_conns.take_late(moment):

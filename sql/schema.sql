@@ -254,7 +254,8 @@ create trigger jobs_deleted after delete on jobs
 
 -- What workers run all the time is in functions, because PostgreSQL plans these once per connection, with or without a pooler in between:
 -- reading and planning a claim of one job each time costs more than running it. The one plan serves whatever comes, though it may have been
--- made when the table was empty. So the ways that are good for small tables only are closed to it.
+-- made when the table was empty. So the ways that are good for small tables only are closed to it. (That holds for the triggers' plans, too,
+-- while they fire in here; before PostgreSQL 18 a closed way that is taken all the same looks so dear that it would be compiled each time: no jit.)
 
 -- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
@@ -262,14 +263,14 @@ create trigger jobs_deleted after delete on jobs
 -- held. Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
 --
 -- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission) takes it
--- there, and PostgreSQL by itself within 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
+-- there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
 -- number is random, so that the claim which was forgotten and the next one differ, and only the next one's outcome counts.
 create function claim_jobs(
     worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer
 ) returns setof jobs
 language plpgsql
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set enable_hashjoin = off
-set enable_mergejoin = off as $$
+set enable_mergejoin = off set jit = off as $$
 #variable_conflict use_column
 declare
     found_ids uuid[] := array(
@@ -308,7 +309,7 @@ end $$;
 -- claim to its row: it can neither join by hashing or sorting all jobs, nor walk through all that run (and, under an old snapshot, ran).
 create function finish_jobs(ids uuid[], claims bigint[], results jsonb[]) returns setof uuid
 language plpgsql
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
 #variable_conflict use_column
 begin
     return query

@@ -177,6 +177,23 @@ def test_a_server_that_is_told_to_end_answers_what_it_has_begun(web: Running, sy
     assert web.wait() == 0
 
 
+def test_a_request_that_came_before_the_end_and_found_no_thread_is_answered(start_web: Start, system: JobSystem) -> None:
+    web = start_web(WEB_PROCESSES=1, WEB_THREADS=1)
+    job_id = system.submit("TEST_JOB").id
+    answers = []
+    with connection(web) as client, connection(web) as another:
+        waiting = threading.Thread(target=lambda: answers.append(ask(client, "GET", f"/jobs/{job_id}?wait=4")))
+        waiting.start()
+        time.sleep(0.5)
+        another.request("GET", "/health/live")
+        time.sleep(0.2)
+        web.signal(signal.SIGTERM)
+        assert another.getresponse().status == 200
+        waiting.join()
+    assert [answer.status for answer, _ in answers] == [200]
+    assert web.wait() == 0
+
+
 def test_each_request_leaves_one_line_in_the_log_and_cannot_forge_another(web: Running) -> None:
     with connection(web) as client:
         ask(client, "GET", "/nothing/line%0Abreak%1b[2J?secret=1")
