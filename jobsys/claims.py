@@ -195,8 +195,10 @@ class Claims:
 
     def _pace(self) -> float:
         """How many jobs per second the threads can do: by the time the last ones took them, not by how many there were, because a process
-        that waits for work is not slow."""
+        that waits for work is not slow. 0 when none has finished just now: what was measured before says nothing of those that run."""
         now, finished, busy = time.monotonic(), self.work.finished, self.work.busy_seconds
+        if now - self.work.finished_at > AHEAD:
+            return 0.0
         samples = self._pace_samples
         if now - samples[-1][0] > 0.02:
             samples.append((now, finished, busy))

@@ -27,6 +27,8 @@ class WorkQueue(queue.PriorityQueue):
         self.expected: set[RunningJob] = set()
         """Jobs that were claimed and are not started: here, or on their way here."""
         self.finished = 0
+        self.finished_at = float("-inf")
+        """When the last one did, by time.monotonic."""
         self.busy_seconds = 0.0
         """What the finished ones took their threads, in all."""
         self._started: dict[int, float] = {}
@@ -85,6 +87,7 @@ class WorkQueue(queue.PriorityQueue):
         now = time.monotonic()
         with self.mutex:
             self.finished += 1
+            self.finished_at = now
             self.busy_seconds += now - self._started.get(threading.get_ident(), now)
             self._forget(1)
             if self._suspect_runs or self._suspects:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from conftest import execute
 from test_queue import Worker
@@ -79,3 +81,11 @@ def test_a_process_sleeps_when_it_finds_nothing_and_is_awake_while_work_comes_br
     assert len(claims.take("default", 1)) == THREADS and asleep(database_url) == []
     claims.work.expected.clear()
     assert claims.take("default", 2) == [] and asleep(database_url) == ["default"]
+
+
+@pytest.mark.parametrize(("ago", "crowd"), [(0.0, True), (1.0, False)])
+def test_only_jobs_that_end_right_now_set_a_pace(system: JobSystem, claims: Claims, ago: float, crowd: bool) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(4 * THREADS))
+    claims.work.finished, claims.work.busy_seconds, claims.work.finished_at = 10_000, 0.1, time.monotonic() - ago
+    taken = len(claims.take("default", 0.1))
+    assert taken > THREADS if crowd else taken == THREADS

@@ -345,7 +345,8 @@ def test_a_claim_made_at_the_pace_of_fast_jobs_does_not_hoard_slow_ones(system: 
     start_worker(WORKER_THREADS=2)
     started(ledger, 2, timeout=30)
     eventually(lambda: system.counts()["PROCESSING"] == 2, 3)
-    assert {system.job(id).attempt for id in slow if system.job(id).status == "PENDING"} == {0}
+    jobs = [system.job(id) for id in slow]
+    assert {job.attempt for job in jobs if job.status == "PENDING"} == {0}
 
 
 def test_a_paced_queue_keeps_its_pace_over_all_processes_most_urgent_first(system: JobSystem, start_worker: StartWorker) -> None:
