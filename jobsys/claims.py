@@ -78,7 +78,7 @@ class Claims:
         self.workers = 1
         """How many worker processes there are."""
         self.above: int | None = None
-        """While claims bring more jobs than can start at once: the priority of the most urgent of them…"""
+        """While claims bring more jobs than can start at once: the priority that most of them have…"""
         self.overtake = threading.Event()
         """…and set when there may be a more urgent one."""
         self._database = database
@@ -110,6 +110,11 @@ class Claims:
             bell.set()
         if self.above is not None:
             self.overtake.set()
+
+    def ended(self, queue_name: str) -> None:
+        """A job of this queue has ended, and that is written: should the queue have been full, it is no longer."""
+        if queue_name in self._limited and (bell := self._bells.get(queue_name)):
+            bell.set()
 
     def wake_all(self) -> None:
         """Look at every queue again: something may have been missed."""
@@ -151,14 +156,16 @@ class Claims:
         For the lookout: takes no turn, and needs no room. Dramatiq's threads ask each job for its queue, so that it needn't come through
         that queue's consumer."""
         now, above = time.monotonic(), self.above
+        if above is None or self.closed:
+            return []
         looks = [
             (priority, queue_name)
             for queue_name in list(self._places)
             if queue_name not in self._limited
             for priority in self._known_priorities(queue_name, now)
-            if above is not None and priority < above
+            if priority < above
         ]
-        if not looks or self.closed:
+        if not looks:
             return []
         jobs = self._make(self._claim_at([(queue_name, priority) for priority, queue_name in sorted(looks)], self.work.threads))
         self.work.expected.update(jobs)
@@ -287,13 +294,13 @@ class Claims:
     def _note_work(self, queue_name: str, jobs: list[RunningJob], room: int) -> None:
         """Work was found. When it comes briskly it is worth a write to say that this process is awake and needs no notifications."""
         if len(jobs) > self.work.threads:
-            self._be_busy(jobs[0].priority)
+            self._be_busy(jobs[len(jobs) // 2].priority)
         brisk = self._briskness(queue_name, len(jobs)) > BRISK
         if brisk and queue_name in self._naps:
             with contextlib.suppress(DatabaseUnavailable):
                 self._database.run("wake", id=self._worker(), queue=queue_name)
                 self._naps.pop(queue_name, None)
-        if len(jobs) < room and (brisk or queue_name in self._naps):
+        if len(jobs) < room and (brisk or queue_name in self._naps) and queue_name not in self._limited:
             self._emptied[queue_name] = time.monotonic() + (GATHER if brisk else NAPS[0])
 
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:

@@ -148,7 +148,7 @@ class PatientWorker(ThreadWorker):
 
     def run(self) -> None:
         self._counting = threading.Lock()
-        self.keepalived_conns = Idle()
+        self.keepalived_conns = Idle()  # gunicorn has a deque of this name, and looks at its length
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
         for _ in range(self.cfg.threads):
             threading.Thread(target=self._serve, name="jobsys web", daemon=True).start()

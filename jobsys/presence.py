@@ -236,6 +236,7 @@ class Presence:
         with self._holding:
             if self.held.get(job.message_id) is job:
                 del self.held[job.message_id]
+        self.claims.ended(job.queue_name)
 
     def _outcome_was_lost(self, job: RunningJob) -> None:
         self._outcome_was_written(job)

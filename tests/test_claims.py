@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -81,6 +82,42 @@ def test_a_process_sleeps_when_it_finds_nothing_and_is_awake_while_work_comes_br
     assert len(claims.take("default", 1)) == THREADS and asleep(database_url) == []
     claims.work.expected.clear()
     assert claims.take("default", 2) == [] and asleep(database_url) == ["default"]
+
+
+def test_a_paced_queue_is_not_given_a_rest_that_its_pace_does_not_ask_for(system: JobSystem, claims: Claims, database_url: str) -> None:
+    for queue in ("default", "ingestion"):
+        claims.take(queue, 0.05)
+    assert asleep(database_url) == ["default", "ingestion"]
+    system.limit("default", rate=(1000, 1))
+    system.submit_many(Submission("TEST_JOB") for _ in range(3))
+    system.submit("INGEST_BATCH", {"ids": [1]})
+    claims._limits_read_at = 0.0
+    assert len(claims.take("default", 1)) == 1
+    claims.work.expected.clear()
+    assert len(claims.take("ingestion", 1)) == 1
+    assert set(claims._emptied) == {"ingestion"}, "of the other one more waits, and may start a millisecond later"
+
+
+def test_a_full_queue_is_looked_at_again_as_soon_as_one_of_its_jobs_has_ended(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(db.STATEMENTS, "look_at_gate", db.STATEMENTS["look_at_gate"].replace("0.1", "60"))
+    claims._poll_interval = 60.0
+    system.limit("default", max_running=1)
+    system.submit_many(Submission("TEST_JOB") for _ in range(2))
+    [first] = claims.take("default", 1)
+    claims.work.expected.clear()
+    second: list[RunningJob] = []
+    taking = threading.Thread(target=lambda: second.extend(claims.take("default", 60)), daemon=True)
+    taking.start()
+    while "default" not in asleep(database_url):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert not second
+    worker.finish((first.message_id, first.claim))
+    claims.ended("default")
+    taking.join(20)
+    assert len(second) == 1
 
 
 @pytest.mark.parametrize(("ago", "crowd"), [(0.0, True), (1.0, False)])
