@@ -11,7 +11,7 @@ from admin_ui.addresses import address
 from jobsys.job_types import priority_name
 
 if TYPE_CHECKING:
-    from jobsys.system import Event, JobRecord
+    from jobsys.system import Event, Failure, JobRecord
 
 QUIET_EVENTS = ("log", "progress")
 
@@ -59,10 +59,12 @@ def error_text(job: JobRecord) -> str:
     return f"{job.error.get('type') or 'Error'}: {job.error.get('message') or ''}" if job.error else ""
 
 
-def facts(job: JobRecord, names: dict[str, str], now: datetime) -> list[tuple[str, Any, str | None]]:
+def facts(job: JobRecord, failures: list[Failure], names: dict[str, str], now: datetime) -> list[tuple[str, Any, str | None]]:
     """(name, a text or a time, a link or None) of whatever is known. `names` are those of the workers, by id."""
     limit = "" if job.max_attempts is None else f" of {wording.number(job.max_attempts)}"
-    ran = ((job.finished_at or now) - job.started_at).total_seconds() if job.started_at else None
+    # The job may have been ended, or made to wait, long after its attempt.
+    ended = next((failure.at for failure in failures if failure.started_at == job.started_at), job.finished_at or now)
+    ran = (ended - job.started_at).total_seconds() if job.started_at else None
     known = [
         ("Type", job.type, address("jobs", type=job.type)),
         ("Queue", job.queue, address("jobs", queue=job.queue)),

@@ -16,6 +16,8 @@ BEHIND_AFTER = 60.0
 """Seconds the oldest due job of a served queue may wait before the overview speaks of it."""
 
 COMMAND = "jobsys worker"
+HELD_BACK = "Its last jobs all failed the same way. Workers try one now and then until one succeeds; the others wait, and lose no attempt."
+DEPLOY = "Deploy it there, or name its module in JOB_MODULES."
 SERVE_IT = "Start one whose JOB_MODULES have its job types."
 
 
@@ -41,8 +43,12 @@ def notices(queues: Sequence[QueueState], workers: Sequence[WorkerState], now: d
             found.append(Notice("warn", f"Queue {queue.name} is paused.", backlog, resume=queue.name))
         elif served and not queue.workers:
             found.append(Notice("bad", f"No live worker serves queue {queue.name}.", f"{backlog} {SERVE_IT}"))
+        elif unknown := _unknown_types(queue, workers):
+            found += [Notice("bad", f"No live worker knows the type {name}.", f"{backlog} {DEPLOY}") for name in unknown]
         elif served and not pace(queue) and _age(queue, now) > BEHIND_AFTER:
             found.append(Notice("warn", f"Queue {queue.name} is behind.", f"{backlog} More workers or threads would help."))
+    for type in sorted({type for worker in workers if worker.alive for type in worker.held_back}):
+        found.append(Notice("warn", f"{type} is held back.", HELD_BACK))
     for worker in workers:
         if not worker.alive and worker.running:
             lost = f"Last heard {ago(worker.heartbeat_at, now)}; {plural(worker.running, 'running job')} of it will go back to the queue."
@@ -143,8 +149,17 @@ def _obstacle(job: JobRecord, queue: QueueState | None, workers: Sequence[Worker
     if not serving:
         return [f"No live worker serves queue {job.queue}. {SERVE_IT}"]
     if all(worker.types and job.type not in worker.types for worker in serving):
-        return [f"No live worker knows the type {job.type}: deploy it there, or name its module in JOB_MODULES."]
+        return [f"No live worker knows the type {job.type}. {DEPLOY}"]
+    if all(job.type in worker.held_back for worker in serving):
+        return [f"{job.type} is held back. {HELD_BACK}"]
     return []
+
+
+def _unknown_types(queue: QueueState, workers: Sequence[WorkerState]) -> list[str]:
+    """The types of due jobs that no worker of the queue has."""
+    serving = [worker for worker in workers if worker.alive and queue.name in worker.queues]
+    known = {name for worker in serving for name in worker.types}
+    return sorted(queue.due.keys() - known) if known else []
 
 
 def _attempt(job: JobRecord) -> str:

@@ -157,7 +157,7 @@ class AdminUI:
     def on_get_job(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Everything about one job, and why it is where it is."""
         now = datetime.now(timezone.utc)
-        job, events, workers = self.system.job(job_id), self.system.events(job_id), self.system.workers()
+        (job, failures, events), workers = self.system.history(job_id), self.system.workers()
         queues = [] if job.finished else self.system.queues()
         names = {worker.id: f"{worker.host}:{worker.pid}" for worker in workers}
         self._show(
@@ -172,8 +172,8 @@ class AdminUI:
             paused=any(queue.paused for queue in queues if queue.name == job.queue),
             buttons=job_view.buttons(job),
             error=job_view.error_text(job),
-            failures=self.system.failures(job.id)[::-1],
-            facts=job_view.facts(job, names, now),
+            failures=failures[::-1],
+            facts=job_view.facts(job, failures, names, now),
             names=names,
             events=[job_view.moment(event, names, now) for event in events[-EVENTS_SHOWN:]],
             earlier=max(0, len(events) - EVENTS_SHOWN),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from operator import itemgetter
 
@@ -69,6 +69,7 @@ class Claims:
         *,
         worker: Callable[[], str],
         types: Callable[[], list[str]],
+        rooms: Callable[[], dict[str, int]] = dict,
         make: Callable[[list[db.Row]], list[RunningJob]],
         backlog: Callable[[], int],
         poll_interval: float,
@@ -84,6 +85,9 @@ class Claims:
         self._database = database
         self._worker = worker
         self._types = types
+        self._rooms = rooms
+        self._crowds: set[str] = set()
+        """The types of which more wait than this process may take: see bulkheads.py."""
         self._make = make
         self._backlog = backlog
         self._poll_interval = poll_interval
@@ -111,9 +115,9 @@ class Claims:
         if self.above is not None:
             self.overtake.set()
 
-    def ended(self, queue_name: str) -> None:
-        """A job of this queue has ended, and that is written: should the queue have been full, it is no longer."""
-        if queue_name in self._limited and (bell := self._bells.get(queue_name)):
+    def ended(self, job: RunningJob) -> None:
+        """A job has ended, and that is written: should its queue or its type have been full, it is no longer."""
+        if (job.queue_name in self._limited or job.actor_name in self._crowds) and (bell := self._bells.get(job.queue_name)):
             bell.set()
 
     def wake_all(self) -> None:
@@ -139,9 +143,7 @@ class Claims:
                 room = self._wait_for_room(deadline)
                 if room == 0 or self.closed:
                     return []
-                rows, pause = self._claim(queue_name, room, deadline)
-                jobs = self._make(rows)
-                self.work.expected.update(jobs)
+                jobs, pause = self._claim(queue_name, room, deadline)
             if jobs:
                 self._note_work(queue_name, jobs, room)
                 return jobs
@@ -167,8 +169,7 @@ class Claims:
         ]
         if not looks:
             return []
-        jobs = self._make(self._claim_at([(queue_name, priority) for priority, queue_name in sorted(looks)], self.work.threads))
-        self.work.expected.update(jobs)
+        jobs, _ = self._claim_fitting([(queue_name, priority) for priority, queue_name in sorted(looks)], self.work.threads)
         return jobs
 
     def _wait_for_room(self, deadline: float) -> int:
@@ -214,33 +215,60 @@ class Claims:
         _, finished_before, busy_before = samples[0]
         return (finished - finished_before) / max(busy - busy_before, 1e-6) * self.work.threads
 
-    def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[db.Row], float | None]:
+    def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[RunningJob], float | None]:
         if time.monotonic() - self._limits_read_at > self._poll_interval:
             self._limited = {name for (name,) in self._database.run("limited_queues")}
             self._limits_read_at = time.monotonic()
         return self._claim_limited(queue_name, deadline) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
 
-    def _claim_freely(self, queue_name: str, room: int) -> list[db.Row]:
+    def _claim_freely(self, queue_name: str, room: int) -> list[RunningJob]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), and whenever
         fewer came than were asked for. So dead index entries, which an old snapshot keeps, are walked over rarely and not at each claim."""
         now = time.monotonic()
         from_start = now >= self._look_from_start_at.get(queue_name, 0.0)
         if from_start:
             self._places[queue_name] = {}
-        rows = self._claim_at([(queue_name, priority) for priority in self._known_priorities(queue_name, now)], room)
-        if len(rows) < room:
+        jobs, all_found = self._claim_fitting([(queue_name, priority) for priority in self._known_priorities(queue_name, now)], room)
+        if not all_found:
             self._look_from_start_at[queue_name] = 0.0
         elif from_start:
             self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
-        return rows
+        return jobs
 
-    def _claim_at(self, looks: list[tuple[str, int]], room: int) -> list[db.Row]:
+    def _claim_fitting(self, looks: list[tuple[str, int]], room: int) -> tuple[list[RunningJob], bool]:
+        """Claim what this process may take; and whether there were as many as asked for. By one statement, unless a type that crowds has
+        some room left: then first that many jobs of any type, in their order, and the rest without the types that are full by then."""
+        jobs: list[RunningJob] = []
+        while not self.closed:
+            rooms = self._rooms()
+            n = min([room - len(jobs), *(rooms[name] for name in self._crowds if rooms.get(name, 0) > 0)])
+            rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0])
+            fitting = self._make(rows)
+            self.work.expected.update(fitting)
+            jobs += fitting
+            self._note_crowds(rooms, rows)
+            if len(rows) < n:
+                return jobs, False
+            if len(jobs) >= room or not fitting:
+                break
+        return jobs, True
+
+    def _note_crowds(self, rooms: dict[str, int], rows: list[db.Row]) -> None:
+        """A type crowds when a claim brought as many as there was room for, and until one brings none though there was room."""
+        came = Counter(row[1] for row in rows) if rooms else {}
+        for name, room in rooms.items():
+            if came.get(name, 0) >= room:
+                self._crowds.add(name)
+            elif not came.get(name):
+                self._crowds.discard(name)
+
+    def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
         """Claim from some queues and priorities, each from where the last claim of it ended."""
         begin = [self._places.get(queue_name, {}).get(priority, BEGINNING) for queue_name, priority in looks]
         rows = self._database.run(
             "claim",
             worker=self._worker(),
-            types=self._types(),
+            types=types,
             queues=[queue_name for queue_name, _ in looks],
             priorities=[priority for _, priority in looks],
             from_run_at=[run_at for run_at, _ in begin],
@@ -261,11 +289,13 @@ class Claims:
             self._priorities[queue_name] = (now, priorities)
         return priorities
 
-    def _claim_limited(self, queue_name: str, deadline: float) -> tuple[list[db.Row], float | None]:
+    def _claim_limited(self, queue_name: str, deadline: float) -> tuple[list[RunningJob], float | None]:
         """Claim what the queue's limits allow, and only into free threads: what is claimed starts now, so the pace of the claims is the
         pace of the starts. When a start is allowed and no thread is free, it waits for one, with the turn in its hands: else the other
         queues' jobs would take every thread that comes free. Also says how long to wait for the next allowed start."""
-        gate = self._database.run("look_at_gate", queue=queue_name, types=self._types())
+        rooms = self._rooms()
+        types = [name for name in self._types() if rooms.get(name, 1) > 0]
+        gate = self._database.run("look_at_gate", queue=queue_name, types=types)
         if not gate or gate[0][0] > 0:
             return [], gate[0][0] if gate else None
         room = self._wait_for_free_thread(deadline)
@@ -285,11 +315,14 @@ class Claims:
             room = min(room, 1) if paced else room
             if room <= 0:
                 return [], AHEAD
-            rows = db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=self._types(), n=room)
+            rows = db.run(connection, "claim_limited", worker=self._worker(), queue=queue_name, types=types, n=room)
             rows.sort(key=_order)
             if rows and paced:
                 db.run(connection, "spend_start", queue=queue_name)
-        return rows, None
+        jobs = self._make(rows)
+        self.work.expected.update(jobs)
+        self._note_crowds(rooms, rows)
+        return jobs, None
 
     def _note_work(self, queue_name: str, jobs: list[RunningJob], room: int) -> None:
         """Work was found. When it comes briskly it is worth a write to say that this process is awake and needs no notifications."""

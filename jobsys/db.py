@@ -121,6 +121,14 @@ class Database:
         with self.connection(patience=LONGEST_TRANSACTION) as connection, connection:
             yield connection
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Any]:
+        """A connection whose statements all see the same moment; they only read."""
+        with self.transaction() as connection:
+            with connection.cursor() as cursor:
+                cursor.execute("set transaction isolation level repeatable read, read only")
+            yield connection
+
     def close(self) -> None:
         """Close the idle connections. Those in use are closed by whoever holds them."""
         self._watch = None

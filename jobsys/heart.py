@@ -86,7 +86,7 @@ class Heart(threading.Thread):
         with db.translated():
             # Beat first, also when this process believes that it is not registered: the answer may have been lost.
             with presence.telling:
-                beaten = db.run(self._connection, "beat", id=presence.id, suspect=presence.suspect)
+                beaten = db.run(self._connection, "beat", id=presence.id, suspect=presence.suspect, held_back=presence.bulkheads.held_back)
             if beaten:
                 presence.claims.workers = beaten[0][0]
             else:

@@ -28,6 +28,9 @@ PRIORITIES = {"high": -10, "default": 0, "low": 10}
 MAX_ERRORS = 50
 """How many wrong fields of one payload are named."""
 
+TRIP_AFTER = 20
+"""After so many different jobs in a row that failed the same way a type is held back, unless it says otherwise."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -91,6 +94,10 @@ class JobType:
     """None: the setting MAX_RETRIES."""
     time_limit: float = 600.0
     """Seconds one attempt may run."""
+    max_share: float = 1.0
+    """The share of a process's threads that may run this type at once; at least one may."""
+    trip_after: int = TRIP_AFTER
+    """0: never held back."""
     aliases: tuple[str, ...] = ()
     example: dict[str, Any] = field(default_factory=dict)
     """A payload that validates; shown wherever the type is documented, and run by the contract tests."""
@@ -167,14 +174,18 @@ def job(
     priority: str = "default",
     max_retries: int | None = None,
     time_limit: str | float = "10m",
+    max_share: float = 1.0,
+    trip_after: int = TRIP_AFTER,
     aliases: Iterable[str] = (),
     example: dict[str, Any] | None = None,
 ) -> Callable[[F], F]:
     """Declare a job type: `def f(payload: SomePayload, job: Job)`; what it returns is the job's result and must be JSON.
 
     `time_limit` is for one attempt, in seconds or as `500ms`, `5s`, `2m`. `priority` is the one a job gets when its submitter
-    names none. An exception is retried up to `max_retries` times with growing pauses; GiveUp is final. The decorated function stays an
-    ordinary function. Raises TypeError or ValueError when the declaration can't work.
+    names none. An exception is retried up to `max_retries` times with growing pauses; GiveUp is final. `max_share` is the share of a worker
+    process's threads that this type may take, for a type that depends on something that may hang. When `trip_after` different jobs in a row
+    failed the same way, a process holds the type back, and tries one job of it now and then until one succeeds (0: it never does).
+    The decorated function stays an ordinary function. Raises TypeError or ValueError when the declaration can't work.
     """
 
     def declare(function: F) -> F:
@@ -186,6 +197,8 @@ def job(
             priority=priority,
             max_retries=max_retries,
             time_limit=seconds(time_limit),
+            max_share=max_share,
+            trip_after=trip_after,
             aliases=tuple(aliases),
             example=example or {},
         )
@@ -254,6 +267,10 @@ def _check_declaration(job_type: JobType) -> None:
         raise ValueError(f"max_retries of job type {job_type.name} must be 0 or more, not {job_type.max_retries}")
     if job_type.time_limit <= 0:
         raise ValueError(f"time_limit of job type {job_type.name} must be longer than nothing")
+    if not 0 < job_type.max_share <= 1:
+        raise ValueError(f"max_share of job type {job_type.name} must be above 0 and no more than 1, not {job_type.max_share}")
+    if job_type.trip_after < 0:
+        raise ValueError(f"trip_after of job type {job_type.name} must be 0 or more, not {job_type.trip_after}")
 
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_jsonable)

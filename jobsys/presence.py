@@ -10,16 +10,19 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jobsys import __version__, db, logs
+from jobsys.bulkheads import Bulkheads
 from jobsys.chores import Chores
 from jobsys.claims import LATEST_START, Claims
-from jobsys.errors import DatabaseUnavailable
+from jobsys.errors import DatabaseUnavailable, GiveUp
 from jobsys.heart import Heart
 from jobsys.ids import new_job_id
 from jobsys.job_types import encode
 from jobsys.lookout import Lookout
+from jobsys.middleware import CannotRun
 from jobsys.outcomes import Outcome, plain_text, release
 from jobsys.running import RunningJob
 from jobsys.settlements import Settlements, Writer
@@ -48,6 +51,7 @@ class Presence:
         self.running: set[RunningJob] = set()
         self.held: dict[str, RunningJob] = {}
         """Every job this process has claimed and not yet settled, by its id."""
+        self.bulkheads = Bulkheads(threads, broker.job_types)
         self.suspect: str | None = None
         """The job that runs alone, if one does."""
         self.must_end = threading.Event()
@@ -61,6 +65,7 @@ class Presence:
             self.work,
             worker=lambda: self.id,
             types=lambda: list(broker.actors),
+            rooms=self.bulkheads.rooms,
             make=self._hold,
             backlog=lambda: len(self.settlements),
             poll_interval=settings.poll_interval,
@@ -115,8 +120,8 @@ class Presence:
 
     def give_back_unstarted(self) -> None:
         """Give back what was claimed and then found no free thread: another process may have one, and more urgent jobs may have come."""
-        for job in self.work.take_back(time.monotonic() - LATEST_START):
-            self.settle(job, release(job))
+        latest = time.monotonic() - LATEST_START
+        self._give_back(lambda job: job.claimed_at < latest)
 
     def begin(self, job: RunningJob) -> bool:
         """A thread is about to start a job. False: it must not, because this worker was declared lost meanwhile and the job is no longer
@@ -134,6 +139,7 @@ class Presence:
         if job.job.unreported or job.job.latest:
             self.report([job])
         self.work.expected.discard(job)
+        self._note_end(job, outcome)
         self.settlements.add(outcome)
         self.running.discard(job)
         if self.suspect == job.message_id:
@@ -215,6 +221,23 @@ class Presence:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
         self._database.close()
 
+    def _note_end(self, job: RunningJob, outcome: Outcome) -> None:
+        """Hold a type back while all its jobs fail alike. Whose failure is the job's own fault says nothing of the others."""
+        if outcome.statement == "finish":
+            if self.bulkheads.succeeded(job):
+                log.info("a type is held back no longer, a job of it succeeded", type=job.actor_name)
+        elif (
+            outcome.statement in ("retry", "bury")
+            and not isinstance(job._exception, (GiveUp, CannotRun))
+            and (pause := self.bulkheads.failed(job, outcome.parameters["fingerprint"]))
+        ):
+            log.warning("a type is held back, its jobs all fail the same way", type=job.actor_name, next_trial_in=f"{pause:g} s")
+            self._give_back(lambda other: other.actor_name == job.actor_name)
+
+    def _give_back(self, which: Callable[[RunningJob], bool]) -> None:
+        for job in self.work.take_back(which):
+            self.settle(job, release(job))
+
     def _runs_alone(self, suspect: str | None) -> bool:
         """Say which job runs alone, or that none does; whether that could be said."""
         if suspect is not None:
@@ -230,13 +253,17 @@ class Presence:
         jobs = [self.broker.make_running(row, self.id) for row in rows]
         with self._holding:
             self.held.update((job.message_id, job) for job in jobs)
-        return jobs
+        too_many = self.bulkheads.enter(jobs)
+        for job in too_many:
+            self.settle(job, release(job))
+        return [job for job in jobs if job.outcome is None] if too_many else jobs
 
     def _outcome_was_written(self, job: RunningJob) -> None:
         with self._holding:
             if self.held.get(job.message_id) is job:
                 del self.held[job.message_id]
-        self.claims.ended(job.queue_name)
+        self.bulkheads.leave(job)
+        self.claims.ended(job)
 
     def _outcome_was_lost(self, job: RunningJob) -> None:
         self._outcome_was_written(job)

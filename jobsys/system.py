@@ -119,9 +119,18 @@ class Event:
     detail: dict[str, Any] | None = None
 
 
+class History(NamedTuple):
+    """A job and what happened to it, oldest first."""
+
+    job: JobRecord
+    failures: list[Failure]
+    events: list[Event]
+
+
 @dataclass(frozen=True)
 class QueueState:
-    """A queue as the operator sees it. `rate` is (starts, seconds); `workers` counts the live processes that serve it."""
+    """A queue as the operator sees it. `rate` is (starts, seconds); `workers` counts the live processes that serve it; `due` are its
+    PENDING jobs by type."""
 
     name: str
     paused: bool
@@ -130,11 +139,12 @@ class QueueState:
     counts: dict[str, int]
     oldest_due: datetime | None
     workers: int
+    due: dict[str, int]
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """A worker process. It is alive while its heart beats."""
+    """A worker process. It is alive while its heart beats; `held_back` are the types it tries only now and then, because all fail alike."""
 
     id: str
     host: str
@@ -147,6 +157,7 @@ class WorkerState:
     heartbeat_at: datetime
     alive: bool
     running: int
+    held_back: list[str]
 
 
 class JobSystem:
@@ -292,17 +303,26 @@ class JobSystem:
         return [_record(row) for row in self.database.run("group", group_id=group_id)] if is_job_id(group_id) else []
 
     def failures(self, job_id: str) -> list[Failure]:
-        """The failed attempts of a job, oldest first."""
-        return [Failure(row[0], _utc(row[1]), _utc(row[2]), *row[3:]) for row in self.database.run("failures", id=_known_id(job_id))]
+        """The failed attempts of a job, oldest first. Raises JobNotFound."""
+        return self.history(job_id).failures
 
     def events(self, job_id: str) -> list[Event]:
         """The timeline of a job, oldest first. Raises JobNotFound."""
-        record = self.job(job_id)
-        events = [Event(_utc(at), kind, attempt, by, message) for at, kind, attempt, by, message in self.database.run("events", id=job_id)]
+        return self.history(job_id).events
+
+    def history(self, job_id: str) -> History:
+        """A job, its failed attempts and its timeline, all of one moment. Raises JobNotFound."""
+        with self.database.snapshot() as connection:
+            found = {name: db.run(connection, name, id=_known_id(job_id)) for name in ("job", "failures", "events")}
+        if not found["job"]:
+            raise JobNotFound(job_id)
+        record = _record(found["job"][0])
+        failures = [Failure(row[0], _utc(row[1]), _utc(row[2]), *row[3:]) for row in found["failures"]]
+        events = [Event(_utc(at), *rest) for at, *rest in found["events"]]
         events.append(Event(record.created_at, "created"))
         if record.status == "SCHEDULED":
             events.append(Event(record.run_at, "due"))
-        for failure in self.failures(job_id):
+        for failure in failures:
             events.append(Event(failure.started_at, "started", failure.attempt, None, None, {"worker": failure.worker}))
             detail = {"type": failure.type, "traceback": failure.traceback, "worker": failure.worker, "duration": failure.duration}
             events.append(Event(failure.at, "failed", failure.attempt, None, failure.message, detail))
@@ -311,7 +331,7 @@ class JobSystem:
         if record.finished_at is not None:
             events.append(Event(record.finished_at, "finished", record.attempt, None, record.status))
         # A job's end is written in the same moment as what led to it, and comes after that.
-        return sorted(events, key=lambda event: (event.at, event.kind == "finished"))
+        return History(record, failures, sorted(events, key=lambda event: (event.at, event.kind == "finished")))
 
     # The operator's verbs
 
@@ -360,9 +380,12 @@ class JobSystem:
     def queues(self) -> list[QueueState]:
         """Every queue that has a job, a limit or a worker."""
         waiting: defaultdict[str, dict[str, int]] = defaultdict(dict)
-        for queue, _, status, entered, departed in self._counts():
+        due: defaultdict[str, dict[str, int]] = defaultdict(dict)
+        for queue, type, status, entered, departed in self._counts():
             if status in ("SCHEDULED", "PENDING", "PROCESSING"):
                 waiting[queue][status] = waiting[queue].get(status, 0) + entered - departed
+            if status == "PENDING" and entered > departed:
+                due[queue][type] = entered - departed
         limits = {name: (paused, count, period, running) for name, paused, count, period, running in self.database.run("queue_settings")}
         alive = [worker for worker in self.workers() if worker.alive]
         names = sorted({*waiting, *limits, *(queue for worker in alive for queue in worker.queues)})
@@ -379,6 +402,7 @@ class JobSystem:
                     counts=waiting[name],
                     oldest_due=_utc(oldest[0][0]) if oldest else None,
                     workers=sum(name in worker.queues for worker in alive),
+                    due=due[name],
                 )
             )
         return states

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -110,16 +111,16 @@ class WorkQueue(queue.PriorityQueue):
         """Threads with nothing to do and nothing waiting for them."""
         return 0 if self.holds_suspects else self.threads - self.unfinished_tasks
 
-    def take_back(self, claimed_before: float) -> list[RunningJob]:
-        """The jobs that were claimed before that moment (of time.monotonic) and still wait for a thread; they are no longer here. Suspects
-        stay: given back they would come again, and never find the process empty."""
+    def take_back(self, which: Callable[[RunningJob], bool]) -> list[RunningJob]:
+        """Those of the jobs that still wait for a thread; they are no longer here. Suspects stay: given back they would come again, and
+        never find the process empty."""
         with self.mutex:
-            late = [job for _, job in self.queue if job.claimed_at < claimed_before]
-            if late:
-                self.queue = [entry for entry in self.queue if entry[1].claimed_at >= claimed_before]
+            taken = [job for _, job in self.queue if which(job)]
+            if taken:
+                self.queue = [entry for entry in self.queue if not which(entry[1])]
                 heapify(self.queue)
-                self._forget(len(late))
-        return late
+                self._forget(len(taken))
+        return taken
 
     def close(self) -> list[RunningJob]:
         """Hand nothing out any more; the jobs that were not started."""

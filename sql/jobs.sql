@@ -140,6 +140,7 @@ group by queue, type, status;
 select
     id::text, host, pid, version, queues, types, threads, started_at, heartbeat_at,
     heartbeat_at > clock_timestamp() - least(lost_after, heartbeat * 3),
-    (select count(*) from jobs where jobs.status = 'PROCESSING' and jobs.worker = workers.id)
+    (select count(*) from jobs where jobs.status = 'PROCESSING' and jobs.worker = workers.id),
+    held_back
 from workers
 order by started_at, id;

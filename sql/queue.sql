@@ -251,6 +251,7 @@ where (job_types.queue, job_types.priority, job_types.max_attempts)
 update workers
 set heartbeat_at = clock_timestamp(),
     suspect = %(suspect)s::uuid,
+    held_back = %(held_back)s,
     session_pid = pg_backend_pid(),
     session_start = (select backend_start from pg_stat_get_activity(pg_backend_pid()))
 where id = %(id)s

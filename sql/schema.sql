@@ -134,6 +134,7 @@ create table workers (
     session_start timestamptz not null,     -- and since when, because pids are used again
     asleep        text[]      not null default '{}',  -- the queues it waits on for a notification
     busy_above    smallint,                           -- what it has in memory has this priority: it wants to hear of more urgent jobs
+    held_back     text[]      not null default '{}',  -- the types it tries only now and then, because all their jobs fail alike
     suspect       uuid                                -- the job it runs alone, because that may be a killer
 ) with (fillfactor = 50);
 

@@ -79,6 +79,27 @@ def hopeless(payload: Ledger, job: Job) -> None:
     raise GiveUp("there is no point")
 
 
+@job("HANGING", max_share=0.5)
+def hanging(payload: Ledger, job: Job) -> None:
+    """Depend on something that hangs."""
+    ledger(payload, job)
+
+
+class Elsewhere(Ledger):
+    """Something that is away while a file is there."""
+
+    away: str = ""
+
+
+@job("DEPENDENT", trip_after=3, max_retries=2)
+def dependent(payload: Elsewhere, job: Job) -> None:
+    """Depend on something that may be away."""
+    note(payload, job, "start")
+    if Path(payload.away).exists():
+        raise ConnectionRefusedError("it is away")
+    note(payload, job, "end")
+
+
 class Vicious(Payload):
     how: str
 

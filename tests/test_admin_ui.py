@@ -162,6 +162,28 @@ def test_jobs_that_nobody_serves_are_said_to_wait_for_a_worker(
     assert web.get("/admin/ui").html.select_one(".notices") is None
 
 
+def test_a_type_that_no_worker_knows_and_one_that_is_held_back_are_named(
+    web: TestApp, add_job: Callable[..., str], add_worker: Callable[..., str], database_url: str
+) -> None:
+    add_worker(["default"], ["EMAIL_SEND"])
+    unknown, mail = add_job("PENDING", type="THUMBNAIL"), add_job("PENDING", type="EMAIL_SEND")
+    execute(database_url, "update jobs set run_at = now() - interval '1 hour'")
+    assert "No live worker knows the type THUMBNAIL." in text(web.get("/admin/ui"))
+    execute(database_url, "delete from jobs where id = %s", unknown)
+    assert "More workers or threads would help" in text(web.get("/admin/ui"))
+    execute(database_url, "update workers set held_back = '{EMAIL_SEND}'")
+    assert "EMAIL_SEND is held back. Its last jobs all failed the same way." in text(web.get("/admin/ui"))
+    assert "EMAIL_SEND is held back." in text(web.get(f"/admin/ui/jobs/{mail}"))
+
+
+def test_what_an_operator_ends_later_ran_no_longer_for_it(web: TestApp, add_job: Callable[..., str], database_url: str) -> None:
+    job_id = add_job("DEAD", attempt=1)
+    execute(database_url, "update jobs set started_at = now() - interval '1 hour', finished_at = now()")
+    failure = "id, claim, attempt, started_at, started_at + interval '2 s', gen_random_uuid(), 'E', 'm', '', ''"
+    execute(database_url, f"insert into failures select {failure} from jobs")
+    assert "Ran for 2 s" in text(web.get(f"/admin/ui/jobs/{job_id}"))
+
+
 def test_a_silent_worker_with_running_jobs_is_named(web: TestApp, add_job: Callable[..., str], add_worker: Callable[..., str]) -> None:
     add_job("PROCESSING", worker=add_worker(["default"], ["TEST_JOB"], silent=3600, host="lost-1"))
     assert "Worker lost-1:4711 is silent. Last heard 1 h ago; 1 running job of it will go back" in text(web.get("/admin/ui"))

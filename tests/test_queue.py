@@ -349,6 +349,22 @@ def test_the_timeline_keeps_what_operators_did_and_every_end_there_was(system: J
     ]
 
 
+def test_a_jobs_history_is_of_one_moment(system: JobSystem, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = system.submit("TEST_JOB")
+    [(id, claim)] = worker.claim()
+    run = db.run
+
+    def slowly(connection: Any, name: str, /, **parameters: Any) -> list[db.Row]:
+        rows = run(connection, name, **parameters)
+        if name == "job":
+            worker.fail((id, claim))
+        return rows
+
+    monkeypatch.setattr(db, "run", slowly)
+    history = system.history(job.id)
+    assert history.job.status == "PROCESSING" and history.failures == []
+
+
 def test_a_job_submitted_on_your_connection_is_part_of_your_transaction(system: JobSystem, database_url: str) -> None:
     with psycopg2.connect(database_url) as connection:
         rolled_back = system.submit("TEST_JOB", connection=connection)

@@ -385,6 +385,36 @@ def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem,
     assert most == 2
 
 
+def test_a_type_that_hangs_leaves_threads_to_the_others(system: JobSystem, worker: Running, ledger: Path) -> None:
+    hanging = system.submit_many(Submission("HANGING", {"ledger": str(ledger), "seconds": 60, "label": "hanging"}) for _ in range(20))
+    others = system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "label": "other"}) for _ in range(20))
+    for job in others:
+        until(system, system.job(job), "COMPLETED")
+    assert len(lines(ledger, "start hanging")) == 2, "of four threads its share is two"
+    for job in hanging[:3:-1]:
+        system.cancel(job)
+    for job in hanging[:2]:
+        system.cancel(job)
+    eventually(lambda: len(lines(ledger, "start hanging")) == 4)
+    for job in hanging[2:4]:
+        system.cancel(job)
+
+
+def test_a_type_whose_jobs_all_fail_alike_is_held_back_until_one_succeeds(system: JobSystem, worker: Running, ledger: Path) -> None:
+    away = ledger.with_name("away")
+    away.touch()
+    jobs = system.submit_many(Submission("DEPENDENT", {"ledger": str(ledger), "away": str(away), "label": "dependent"}) for _ in range(40))
+    eventually(lambda: [worker.held_back for worker in system.workers()] == [["DEPENDENT"]])
+    other = system.submit("LEDGER", {"ledger": str(ledger)})
+    until(system, other, "COMPLETED")
+    assert len(lines(ledger, "start dependent")) < 20, "not one attempt of each"
+    away.unlink()
+    for job in jobs:
+        until(system, system.job(job), "COMPLETED")
+    assert len(lines(ledger, "end dependent")) == 40
+    eventually(lambda: system.workers()[0].held_back == [])
+
+
 def test_a_paused_queue_starts_nothing_until_it_is_resumed(system: JobSystem, worker: Running) -> None:
     system.wait(system.submit("TEST_JOB").id, 20)
     system.pause("default")

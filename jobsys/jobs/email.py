@@ -95,6 +95,7 @@ class Email(Payload):
 @job(
     "EMAIL_SEND",
     time_limit="2m",
+    max_share=0.5,
     aliases=["sendEmail", "email"],
     example={"to": "ada@example.test", "subject": "Hello", "body": "It works."},
 )
