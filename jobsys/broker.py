@@ -25,7 +25,7 @@ from dramatiq_pg.broker import PostgresBroker, PostgresConsumer
 from pydantic import ValidationError
 
 from jobsys import db
-from jobsys.errors import DatabaseUnavailable, InvalidSubmission
+from jobsys.errors import DatabaseUnavailable, InvalidSubmission, NotCommitted
 from jobsys.ids import new_job_id
 from jobsys.job_types import PRIORITIES, JobType, Registry, encode
 from jobsys.middleware import NOT_FOR_PLAIN_JOBS, stack, unreadable
@@ -301,6 +301,10 @@ class JobsConsumer(PostgresConsumer):
             return release(message)
         if message._exception is not None and not isinstance(message._exception, MiddlewareError):
             # The function raised and no middleware decided what follows: it must not count as done.
+            return self._undecided(message)
+        if message.job.completing:
+            # Changes nothing where the job's own transaction committed.
+            message.stuff_exception(NotCommitted(NotCommitted.__doc__))
             return self._undecided(message)
         return finish(message)
 

@@ -116,9 +116,13 @@ class Database:
             return run(connection, name, **parameters)
 
     @contextmanager
-    def transaction(self) -> Iterator[Any]:
-        """A connection inside a transaction: committed when the block ends, rolled back when it raises."""
+    def transaction(self, *, lock_timeout: str | None = None) -> Iterator[Any]:
+        """A connection inside a transaction: committed when the block ends, rolled back when it raises. It waits for no lock longer than
+        `lock_timeout`."""
         with self.connection(patience=LONGEST_TRANSACTION) as connection, connection:
+            if lock_timeout is not None:
+                with connection.cursor() as cursor:
+                    cursor.execute("select set_config('lock_timeout', %s, true)", (lock_timeout,))
             yield connection
 
     @contextmanager

@@ -10,8 +10,9 @@
     └── DatabaseUnavailable     PostgreSQL can't be reached, or did not answer in time
         └── NotMigrated         it answers, and has no tables of jobsys, or older ones
 
-Two more belong to job functions and are not JobsysErrors:
+Three more belong to job functions and are not JobsysErrors:
 
+    NotCommitted (Exception)    why an attempt failed that called complete_in and did not commit
     GiveUp (Exception)          raised by a job: final, no retry
     JobStopped (BaseException)  raised into a job that was cancelled, ran too long, or must yield to a shutdown
 """
@@ -81,6 +82,10 @@ class NotMigrated(DatabaseUnavailable):
 
     def __init__(self) -> None:
         super().__init__("the database has no tables of jobsys, or older ones: run `jobsys migrate`")
+
+
+class NotCommitted(Exception):
+    """The job returned, but the transaction in which it called complete_in was not committed: what it did there has not happened."""
 
 
 class GiveUp(Exception):

@@ -49,7 +49,7 @@ class Job:
     """What a job function sees of its own job.
 
     As it stands it works without any database, for calling a job function in a test or a shell: `log` and `progress` collect
-    in `lines` and `fraction`. In a worker the same methods also write to the job's record.
+    in `lines` and `fraction`, `complete_in` in `result`. In a worker the same methods write to the job's record.
     """
 
     def __init__(self, id: str = "00000000-0000-7000-8000-000000000000", *, type: str = "", attempt: int = 1) -> None:
@@ -59,6 +59,7 @@ class Job:
         self.lines: list[str] = []
         self.fraction: float | None = None
         self.stop_reason: str | None = None
+        self.result: Any = None
 
     @property
     def stopping(self) -> bool:
@@ -74,6 +75,15 @@ class Job:
         if not 0 <= fraction <= 1:
             raise ValueError(f"progress must lie between 0 and 1, not at {fraction}")
         self.fraction = float(fraction)
+
+    def complete_in(self, connection: Any, result: Any = None) -> None:
+        """Complete the job in a transaction of yours: what you wrote there and the completion commit together, or not at all.
+
+        `connection` is psycopg2's, to the database of the jobs, inside a transaction; call it last, then commit, then return. Raises
+        JobStopped, which ends the transaction, when the job is no longer this attempt's: then somebody else runs it. Where the
+        transaction doesn't commit the attempt has failed, whatever the function returns.
+        """
+        self.result = result
 
     def checkpoint(self) -> None:
         """A place where the job may end early: raises JobStopped when it has to stop, else returns at once."""

@@ -9,6 +9,7 @@ import traceback
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+from jobsys.errors import GiveUp
 from jobsys.job_types import encode
 from jobsys.running import RunningJob
 
@@ -18,11 +19,13 @@ _ABOVE_A_JOB = ("dramatiq/worker.py", "dramatiq/actor.py", "jobsys/broker.py", "
 
 
 class Outcome(NamedTuple):
-    """How one attempt ended: the name of the statement that writes it, and that statement's parameters for this job."""
+    """How one attempt ended: the name of the statement that writes it, and that statement's parameters for this job. `final`: it failed by
+    its own fault, and would again."""
 
     statement: str
     job: RunningJob
     parameters: dict[str, Any]
+    final: bool = False
 
 
 class Failed(NamedTuple):
@@ -48,7 +51,7 @@ def bury(job: RunningJob) -> Outcome:
     """FAILED, the end of a job that won't be tried again by itself; or DEAD, when it could not be run at all."""
     # A type this worker doesn't have never reaches a middleware, and leaves no exception.
     dead = job.dead or job._exception is None
-    return Outcome("bury", job, {**_failure(job), "status": "DEAD" if dead else "FAILED"})
+    return Outcome("bury", job, {**_failure(job), "status": "DEAD" if dead else "FAILED"}, dead or isinstance(job._exception, GiveUp))
 
 
 def release(job: RunningJob) -> Outcome:

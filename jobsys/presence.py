@@ -17,12 +17,11 @@ from jobsys import __version__, db, logs
 from jobsys.bulkheads import Bulkheads
 from jobsys.chores import Chores
 from jobsys.claims import LATEST_START, Claims
-from jobsys.errors import DatabaseUnavailable, GiveUp
+from jobsys.errors import DatabaseUnavailable, NotCommitted
 from jobsys.heart import Heart
 from jobsys.ids import new_job_id
 from jobsys.job_types import encode
 from jobsys.lookout import Lookout
-from jobsys.middleware import CannotRun
 from jobsys.outcomes import Outcome, plain_text, release
 from jobsys.running import RunningJob
 from jobsys.settlements import Settlements, Writer
@@ -139,13 +138,10 @@ class Presence:
         if job.job.unreported or job.job.latest:
             self.report([job])
         self.work.expected.discard(job)
-        self._note_end(job, outcome)
         self.settlements.add(outcome)
         self.running.discard(job)
         if self.suspect == job.message_id:
             self._runs_alone(None)
-        if outcome.statement in ("retry", "bury"):
-            _log_failure(outcome)
 
     def report(self, jobs: list[RunningJob]) -> None:
         """Write the log lines and progress of running jobs. When the database is away, they wait for the next report."""
@@ -221,16 +217,22 @@ class Presence:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
         self._database.close()
 
-    def _note_end(self, job: RunningJob, outcome: Outcome) -> None:
-        """Hold a type back while all its jobs fail alike. Whose failure is the job's own fault says nothing of the others."""
-        if outcome.statement == "finish":
-            if self.bulkheads.succeeded(job):
-                log.info("a type is held back no longer, a job of it succeeded", type=job.actor_name)
-        elif (
-            outcome.statement in ("retry", "bury")
-            and not isinstance(job._exception, (GiveUp, CannotRun))
-            and (pause := self.bulkheads.failed(job, outcome.parameters["fingerprint"]))
-        ):
+    def _note_success(self, job: RunningJob) -> None:
+        if self.bulkheads.succeeded(job):
+            log.info("a type is held back no longer, a job of it succeeded", type=job.actor_name)
+
+    def _note_failure(self, outcome: Outcome) -> None:
+        """Say so, and hold a type back while all its jobs fail alike. What is the job's own fault says nothing of the others."""
+        job, values = outcome.job, outcome.parameters
+        log.warning(
+            "attempt failed",
+            job_id=job.message_id,
+            type=job.actor_name,
+            attempt=job.attempt,
+            error=f"{values['type']}: {values['message']}",
+            then=f"retry in {values['delay']:.1f} s" if outcome.statement == "retry" else values["status"],
+        )
+        if not outcome.final and (pause := self.bulkheads.failed(job, values["fingerprint"])):
             log.warning("a type is held back, its jobs all fail the same way", type=job.actor_name, next_trial_in=f"{pause:g} s")
             self._give_back(lambda other: other.actor_name == job.actor_name)
 
@@ -258,29 +260,29 @@ class Presence:
             self.settle(job, release(job))
         return [job for job in jobs if job.outcome is None] if too_many else jobs
 
-    def _outcome_was_written(self, job: RunningJob) -> None:
+    def _outcome_was_written(self, outcome: Outcome) -> None:
+        if outcome.statement == "finish":
+            self._note_success(outcome.job)
+        elif outcome.statement in ("retry", "bury"):
+            self._note_failure(outcome)
+        self._forget(outcome.job)
+
+    def _outcome_was_lost(self, outcome: Outcome) -> None:
+        job = outcome.job
+        if not job.job.completing:
+            log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
+        elif outcome.parameters.get("type") in (None, NotCommitted.__name__):
+            self._note_success(job)
+        else:
+            log.warning("a job raised after it had completed", job_id=job.message_id, error=outcome.parameters["message"])
+        self._forget(job)
+
+    def _forget(self, job: RunningJob) -> None:
         with self._holding:
             if self.held.get(job.message_id) is job:
                 del self.held[job.message_id]
         self.bulkheads.leave(job)
         self.claims.ended(job)
-
-    def _outcome_was_lost(self, job: RunningJob) -> None:
-        self._outcome_was_written(job)
-        log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
-
-
-def _log_failure(outcome: Outcome) -> None:
-    job, values = outcome.job, outcome.parameters
-    then = f"retry in {values['delay']:.1f} s" if outcome.statement == "retry" else values["status"]
-    log.warning(
-        "attempt failed",
-        job_id=job.message_id,
-        type=job.actor_name,
-        attempt=job.attempt,
-        error=f"{values['type']}: {values['message']}",
-        then=then,
-    )
 
 
 def _report(lines: list[Any], latest: list[Any]) -> dict[str, list[Any]]:

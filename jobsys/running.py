@@ -7,12 +7,14 @@ import time
 from functools import cached_property
 from typing import Any
 
+import psycopg2
 from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
 
-from jobsys.errors import JobStopped
+from jobsys import db
+from jobsys.errors import InvalidSubmission, JobStopped
 from jobsys.interrupt import Interruptible
-from jobsys.job_types import Job, JobType
+from jobsys.job_types import Job, JobType, encode
 
 MOST_LINES = 10_000
 _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
@@ -138,6 +140,9 @@ class LiveJob(Job):
         self.id = running.message_id
         self.type = running.actor_name
         self.attempt = running.attempt
+        self.completing = False
+        """Whether the job has completed in a transaction of its own, should that have committed."""
+        self._claim = running.claim
         self.unreported: list[tuple[float, str, str]] = []
         self._logged = 0
 
@@ -153,6 +158,24 @@ class LiveJob(Job):
         """Say how far the job is: `fraction` from 0 to 1, and a few words. Raises ValueError outside that range."""
         super().progress(fraction, message)
         self.latest = {"fraction": float(fraction), "message": str(message)}
+
+    def complete_in(self, connection: Any, result: Any = None) -> None:
+        """See Job."""
+        try:
+            stored = None if result is None else encode(result)
+        except InvalidSubmission as error:
+            raise TypeError(f"the result {error}") from None
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("savepoint jobsys; release savepoint jobsys")  # there are none outside a transaction
+        except psycopg2.errors.NoActiveSqlTransaction:
+            raise ValueError("complete_in needs a connection inside a transaction: without one nothing would commit together") from None
+        if not db.run(connection, "finish", id=[self.id], claim=[self._claim], result=[stored]):
+            [(again,)] = db.run(connection, "completed", id=self.id, claim=self._claim) or [(False,)]
+            if again:
+                raise ValueError("complete_in was called before in this transaction")
+            raise JobStopped("lost")
+        self.completing = True
 
     def checkpoint(self) -> None:
         """Raise JobStopped when the job has to stop. A shutdown lets it go on until its grace is used up."""

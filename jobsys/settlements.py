@@ -17,7 +17,6 @@ import psycopg2
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
 from jobsys.outcomes import Outcome, unstorable
-from jobsys.running import RunningJob
 from jobsys.submissions import insert
 
 LARGEST_GROUP = 500
@@ -36,8 +35,8 @@ class Settlements:
         self,
         database: db.Database,
         *,
-        written: Callable[[RunningJob], None],
-        lost: Callable[[RunningJob], None],
+        written: Callable[[Outcome], None],
+        lost: Callable[[Outcome], None],
         wrote: Callable[[], None] = lambda: None,
     ) -> None:
         self.some = threading.Event()
@@ -47,13 +46,22 @@ class Settlements:
         self._lost = lost
         self._wrote = wrote
         self._waiting: deque[Outcome] = deque()
+        self._locked: list[Outcome] = []
+        """Outcomes of jobs that somebody has locked, and when to try them again."""
+        self._try_locked_at = 0.0
         self._lock = threading.Lock()
         self._in_flight = 0
 
     def __len__(self) -> int:
         """How many outcomes are not written yet."""
         with self._lock:
-            return len(self._waiting) + self._in_flight
+            return len(self._waiting) + len(self._locked) + self._in_flight
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds until it is worth writing again, should no outcome come; None: there is nothing to write."""
+        with self._lock:
+            return max(0.0, self._try_locked_at - time.monotonic()) if self._locked else None
 
     def add(self, outcome: Outcome) -> None:
         """Take an outcome over. An outcome for a job that has one is ignored."""
@@ -70,6 +78,9 @@ class Settlements:
         is kept, and the next `write` tries again on a fresh connection."""
         while True:
             with self._lock:
+                if self._locked and time.monotonic() >= self._try_locked_at:
+                    self._waiting.extend(self._locked)
+                    self._locked.clear()
                 if self._in_flight or not self._waiting:
                     return
                 group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_GROUP))]
@@ -79,7 +90,8 @@ class Settlements:
             except Exception as error:
                 # Whatever it was: what is not written stays, and is tried again.
                 with self._lock:
-                    self._waiting.extendleft(outcome for outcome in reversed(group) if not outcome.job.settled)
+                    unwritten = (outcome for outcome in reversed(group) if not outcome.job.settled and outcome not in self._locked)
+                    self._waiting.extendleft(unwritten)
                 if isinstance(error, DatabaseUnavailable):
                     raise
                 log.exception("outcomes could not be written; they are tried again", outcomes=len(self._waiting))
@@ -98,6 +110,16 @@ class Settlements:
                     self._write_group([outcome])
             else:
                 self._write_as_failure(group[0], error)
+        except DatabaseUnavailable as error:
+            if not isinstance(error.__cause__, psycopg2.errors.LockNotAvailable):
+                raise
+            if len(group) > 1:
+                for outcome in group:
+                    self._write_group([outcome])
+            else:
+                # Somebody's transaction has the job (perhaps the job's own, see complete_in): no other waits for it.
+                self._locked += group
+                self._try_locked_at = time.monotonic() + RETRY
 
     def _write_together(self, group: list[Outcome]) -> None:
         if len({outcome.job.message_id for outcome in group}) < len(group):
@@ -108,8 +130,9 @@ class Settlements:
         by_statement: defaultdict[str, list[Outcome]] = defaultdict(list)
         for outcome in group:
             by_statement[outcome.statement].append(outcome)
-        alone = len(by_statement) == 1 and not any(outcome.job.followups for outcome in group)
-        with self._database.connection() if alone else self._database.transaction() as connection:
+        only_finished = by_statement.keys() == {"finish"} and not any(outcome.job.followups for outcome in group)
+        # `finish` bounds its wait for locks itself.
+        with self._database.connection() if only_finished else self._database.transaction(lock_timeout="100ms") as connection:
             written = {
                 row[0] for statement in sorted(by_statement) for row in db.run(connection, statement, **_columns(by_statement[statement]))
             }
@@ -118,10 +141,7 @@ class Settlements:
                 insert(connection, followups)
         for outcome in group:
             outcome.job.settled = True
-            if outcome.job.message_id in written:
-                self._written(outcome.job)
-            else:
-                self._lost(outcome.job)
+            (self._written if outcome.job.message_id in written else self._lost)(outcome)
 
     def _write_as_failure(self, outcome: Outcome, error: Exception) -> None:
         """The outcome itself can't be stored (a result jsonb refuses, a value out of range): that is the failure to keep."""
@@ -132,7 +152,7 @@ class Settlements:
         except UNSTORABLE:
             log.exception("neither the outcome nor its failure can be stored", job_id=outcome.job.message_id)
             outcome.job.settled = True
-            self._lost(outcome.job)
+            self._lost(outcome)
 
 
 class Writer(threading.Thread):
@@ -145,7 +165,7 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            self._settlements.some.wait()
+            self._settlements.some.wait(self._settlements.pause)
             self._settlements.some.clear()
             began = time.monotonic()
             try:

@@ -106,6 +106,10 @@ select name from queues where paused or rate_count is not null or max_running is
 -- name: finish
 select finish_jobs(%(id)s::uuid[], %(claim)s::bigint[], %(result)s::jsonb[])::text;
 
+-- name: completed
+-- Has this attempt completed?
+select status = 'COMPLETED' from jobs where id = %(id)s and claim = %(claim)s;
+
 -- name: retry
 -- A failed attempt that will be followed by another after `delay` seconds; unless somebody asked for a stop meanwhile.
 with failed as (
@@ -186,11 +190,13 @@ returning jobs.id::text;
 
 -- name: report
 -- What running jobs had to say: the latest progress of each, and lines for the timeline.
-with told as (
-    update jobs
-    set progress = latest.progress
+with running as (
+    select jobs.id, latest.progress
     from unnest(%(id)s::uuid[], %(claim)s::bigint[], %(progress)s::jsonb[]) as latest(id, claim, progress)
-    where jobs.id = latest.id and jobs.claim = latest.claim and jobs.status::text = 'PROCESSING'
+    join jobs on jobs.id = latest.id and jobs.claim = latest.claim and jobs.status::text = 'PROCESSING'
+    for update of jobs skip locked  -- who ends one just now has no use for its progress
+), told as (
+    update jobs set progress = running.progress from running where jobs.id = running.id
 )
 insert into events (job_id, at, kind, attempt, message)
 select line.job_id, to_timestamp(line.at), line.kind, line.attempt, line.message
@@ -311,7 +317,8 @@ for update skip locked;
 -- name: rescue
 -- The jobs of a lost worker, some hundreds at a time: back to the queue, or DEAD when they were there at too many deaths. One of them is
 -- perhaps the killer: a suspect, whose next crash would be its last, runs alone, and the worker says so before. So when it is said,
--- that one crashed and no other did; else the suspects were waiting, and all others count as running.
+-- that one crashed and no other did; else the suspects were waiting, and all others count as running. A job that somebody has locked
+-- is just being ended (complete_in may take its time): the next rescue looks at it again.
 with mine as (
     select
         jobs.id, attempt, claim, jobs.started_at,
@@ -323,7 +330,7 @@ with mine as (
     where status = 'PROCESSING' and worker = %(worker)s::uuid
     order by jobs.id
     limit 500
-    for update of jobs
+    for update of jobs skip locked
 ), ends as (
     select mine.*, crashed and crashes + 1 >= %(max_crashes)s as dead from mine join jobs using (id)
 ), changed as (

@@ -310,7 +310,7 @@ end $$;
 -- claim to its row: it can neither join by hashing or sorting all jobs, nor walk through all that run (and, under an old snapshot, ran).
 create function finish_jobs(ids uuid[], claims bigint[], results jsonb[]) returns setof uuid
 language plpgsql
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set jit = off as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set jit = off set lock_timeout = '100ms' as $$
 #variable_conflict use_column
 begin
     return query

@@ -239,6 +239,12 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    """Where jobs of example_types.py write what happened."""
+    return tmp_path / "ledger"
+
+
+@pytest.fixture
 def system(settings: Settings) -> Iterator[Any]:
     """A JobSystem on `settings`."""
     from jobsys.system import JobSystem

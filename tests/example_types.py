@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import dramatiq
+import psycopg2
 
 from jobsys import GiveUp, Job, Payload, job
 
@@ -163,3 +165,42 @@ def again_soon(path: str) -> str:
     if Path(path).read_text().count("try") < 3:
         raise dramatiq.Retry("not yet", delay=50)
     return "third time"
+
+
+class Transfer(Ledger):
+    """What to write in the job's own transaction, and how to leave it."""
+
+    url: str = ""
+    how: str = "commit"
+
+
+@job("TRANSFER", max_retries=1)
+def transfer(payload: Transfer, job: Job) -> str:
+    """Write a row and complete, both in one transaction."""
+    connection = psycopg2.connect(payload.url)
+    connection.autocommit = payload.how == "autocommit"
+    note(payload, job, "start")
+    cursor = connection.cursor()
+    cursor.execute("insert into transfers values (%s, %s)", (job.id, job.attempt))
+    job.complete_in(connection, {"attempt": job.attempt})
+    note(payload, job, "completed")
+    until = time.monotonic() + payload.seconds
+    if payload.how == "linger":
+        threading.Timer(payload.seconds, connection.close).start()
+        return "too early"
+    while time.monotonic() < until:
+        time.sleep(0.01)
+    if payload.how == "twice":
+        job.complete_in(connection)
+    if payload.how == "die before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if payload.how == "raise before":
+        raise RuntimeError("before the commit")
+    if payload.how != "roll back":
+        connection.commit()
+    if payload.how == "die after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if payload.how == "raise after":
+        raise RuntimeError("after the commit")
+    connection.close()
+    return "not this"

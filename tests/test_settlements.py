@@ -25,13 +25,13 @@ def worker(system: JobSystem) -> Worker:
 
 
 @pytest.fixture
-def lost() -> list[RunningJob]:
+def lost() -> list[Outcome]:
     return []
 
 
 @pytest.fixture
-def settlements(system: JobSystem, lost: list[RunningJob]) -> Settlements:
-    return Settlements(system.database, written=lambda job: None, lost=lost.append)
+def settlements(system: JobSystem, lost: list[Outcome]) -> Settlements:
+    return Settlements(system.database, written=lambda outcome: None, lost=lost.append)
 
 
 @pytest.fixture
@@ -63,23 +63,23 @@ def test_what_follows_a_job_is_inserted_with_its_end(
 
 
 def test_what_follows_is_not_inserted_when_the_job_was_lost(
-    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], worker: Worker, lost: list[RunningJob]
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], worker: Worker, lost: list[Outcome]
 ) -> None:
     job = running()
     job.followups = [next_job()]
     worker.rescue(worker)
     settlements.add(finish(job))
     settlements.write()
-    assert lost == [job]
+    assert [outcome.job for outcome in lost] == [job]
     assert len(system.jobs().jobs) == 1 and system.job(job.message_id).status == "PENDING"
 
 
 def test_outcomes_wait_while_the_database_is_away_and_are_written_once(
-    system: JobSystem, running: Callable[[], RunningJob], lost: list[RunningJob], database_url: str
+    system: JobSystem, running: Callable[[], RunningJob], lost: list[Outcome], database_url: str
 ) -> None:
     jobs = [running() for _ in range(3)]
     away = db.Database("postgresql://postgres@127.0.0.1:1/none", wait=1)
-    settlements = Settlements(away, written=lambda job: None, lost=lost.append)
+    settlements = Settlements(away, written=lambda outcome: None, lost=lost.append)
     for job in jobs:
         with pytest.raises(DatabaseUnavailable):
             settlements.add(finish(job))

@@ -28,11 +28,6 @@ StartWorker = Callable[..., Running]
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Path:
-    return tmp_path / "ledger"
-
-
-@pytest.fixture
 def settings(settings: Settings) -> Settings:
     """With the job types of example_types.py, for this process and the workers."""
     return settings.model_copy(update={"job_modules": ["example_types"]})
