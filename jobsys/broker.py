@@ -11,7 +11,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from dramatiq import Actor
@@ -120,11 +120,11 @@ class JobsBroker(PostgresBroker):
     def running(self, job: RunningJob | None) -> None:
         self._running.job = job
 
-    def attend(self, *, threads: int) -> Presence:
+    def attend(self, *, threads: int, queues: Collection[str] | None = None) -> Presence:
         """Make this process a worker, once: from here on it has a row in `workers`, and its heart beats."""
         with self._lock:
             if self.presence is None:
-                self.presence = Presence(self, threads=threads)
+                self.presence = Presence(self, threads=threads, queues=queues)
                 self.presence.start()
             return self.presence
 
@@ -357,7 +357,7 @@ class Attendance(Middleware):
     """Ties Dramatiq's Worker to the presence of this process: its queue, its running jobs, its end."""
 
     def before_worker_boot(self, broker: JobsBroker, worker: Any) -> None:
-        presence = broker.attend(threads=worker.worker_threads)
+        presence = broker.attend(threads=worker.worker_threads, queues=worker.consumer_whitelist or None)
         presence.serves = True
         worker.work_queue = presence.work
 

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from jobsys import __version__, db, logs
@@ -38,12 +38,14 @@ log = logs.get(__name__)
 class Presence:
     """One per process and broker. `id` is the worker's; it changes when the worker was declared lost and comes back."""
 
-    def __init__(self, broker: JobsBroker, *, threads: int) -> None:
+    def __init__(self, broker: JobsBroker, *, threads: int, queues: Collection[str] | None = None) -> None:
         settings = broker.settings
         self.broker = broker
         self.settings = settings
         self.id = new_job_id()
         self.threads = threads
+        self.queues = queues
+        """The queues this process serves; None: all that are declared."""
         self.serves = False
         """Whether threads of Dramatiq's take jobs from `work`; else somebody iterates over a consumer."""
         self.work = WorkQueue(threads)
@@ -89,13 +91,14 @@ class Presence:
 
     def row(self) -> dict[str, Any]:
         """What the row in `workers` says of this process."""
+        queues = self.broker.get_declared_queues() if self.queues is None else self.queues
         return {
             "id": self.id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": __version__,
-            "queues": sorted(self.broker.get_declared_queues()),
-            "types": sorted(self.broker.actors),
+            "queues": sorted(queues),
+            "types": sorted(name for name, actor in self.broker.actors.items() if actor.queue_name in queues),
             "threads": self.threads,
             "heartbeat": self.settings.worker_heartbeat,
             "lost_after": self.settings.worker_lost_after,

@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     shutdown_grace: Duration = Field(30.0, description="Time running jobs get to finish after SIGTERM.")
 
     job_modules: Annotated[list[str], NoDecode] = Field([], description="Comma-separated modules with your own job types.")
+    worker_queues: Annotated[list[str], NoDecode] = Field(
+        [], description="Comma-separated queues that workers serve. Unset: all there are."
+    )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
     log_file: Path | None = Field(None, description="Also write the log, as JSON lines, to this file.")
 
@@ -111,9 +114,9 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise SettingsError("; ".join(_complaint(each) for each in error.errors())) from None
 
-    @field_validator("job_modules", mode="before")
+    @field_validator("job_modules", "worker_queues", mode="before")
     @classmethod
-    def _split_modules(cls, value: Any) -> Any:
+    def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
     @field_validator("smtp_tls", "log_level")

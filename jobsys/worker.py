@@ -20,7 +20,7 @@ from typing import Any
 import dramatiq
 
 from jobsys import db, logs
-from jobsys.errors import DatabaseUnavailable
+from jobsys.errors import DatabaseUnavailable, SettingsError
 from jobsys.presence import Presence
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
@@ -37,7 +37,11 @@ def main(settings: Settings) -> int:
     """Run the workers until SIGTERM or SIGINT; a second one hurries. 0 when everything ended in good order."""
     logs.configure(settings, process="worker")
     # What is wrong with the settings or the modules of job types is said here, once, and not by every process.
-    JobSystem(settings).close()
+    system = JobSystem(settings)
+    declared = system.broker.get_declared_queues()
+    if unknown := set(settings.worker_queues) - declared:
+        raise SettingsError(f'WORKER_QUEUES: no job type has the queue "{min(unknown)}"; there are {", ".join(sorted(declared))}')
+    system.close()
     return Supervisor(settings).run()
 
 
@@ -161,7 +165,12 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     while not ends and not _prepared(system):
         wakeup.wait(1)
     system.database.close()  # idle until a job submits another
-    worker = dramatiq.Worker(system.broker, worker_threads=settings.worker_threads, worker_timeout=int(settings.poll_interval * 1000))
+    worker = dramatiq.Worker(
+        system.broker,
+        queues=set(settings.worker_queues),
+        worker_threads=settings.worker_threads,
+        worker_timeout=int(settings.poll_interval * 1000),
+    )
     system.broker.emit_after("process_boot")
     # What was made until now stays: the collector needn't look at it again. And jobs come by the hundred: not after every 700 objects.
     gc.freeze()

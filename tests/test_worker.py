@@ -380,6 +380,19 @@ def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem,
     assert most == 2
 
 
+def test_a_worker_serves_the_queues_it_is_told_to_and_says_so(system: JobSystem, start_worker: StartWorker) -> None:
+    batch, other = system.submit("INGEST_BATCH", {"ids": [1]}), system.submit("TEST_JOB")
+    start_worker(WORKER_QUEUES="ingestion")
+    until(system, batch, "COMPLETED")
+    assert [(worker.queues, worker.types) for worker in system.workers()] == [(["ingestion"], ["INGEST_BATCH"])]
+    assert system.job(other.id).status == "PENDING"
+
+
+def test_a_queue_that_there_is_not_is_named_at_the_start(start_worker: StartWorker) -> None:
+    refused = start_worker(WORKER_QUEUES="ingestion,mail")
+    assert refused.wait() == 1 and 'WORKER_QUEUES: no job type has the queue "mail"; there are default, ingestion' in refused.output
+
+
 def test_a_type_that_hangs_leaves_threads_to_the_others(system: JobSystem, worker: Running, ledger: Path) -> None:
     hanging = system.submit_many(Submission("HANGING", {"ledger": str(ledger), "seconds": 60, "label": "hanging"}) for _ in range(20))
     others = system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "label": "other"}) for _ in range(20))
