@@ -323,6 +323,24 @@ def smoke(url: str | None, mail_to: str) -> int:
     return smoke(url, _settings(), mail_to=mail_to)
 
 
+@commands.command()
+@click.argument("faults", metavar="[FAULT]...", nargs=-1)
+@click.option("--seconds", type=click.FloatRange(min=1), default=10.0, show_default=True, help="How long each thing is broken.")
+@click.option("--seed", type=int, help="Repeat what chance did in an earlier run.")
+@click.option("--own-server", is_flag=True, help="On a PostgreSQL started for it, which is broken, too.")
+@click.option("--list", "only_list", is_flag=True, help="Say what can be broken, and break nothing.")
+@json_option
+def chaos(faults: tuple[str, ...], seconds: float, seed: int | None, own_server: bool, only_list: bool, as_json: bool) -> int:
+    """Break things on purpose, and check that no job is lost, doubled or stuck.
+
+    It starts worker processes and submits jobs of its own, in a queue of their own; without --own-server it breaks nothing but these, and
+    their connections. Without FAULT it breaks one thing after the other. Exit status 1 when a promise did not hold.
+    """
+    from jobsys.chaos import report
+
+    return report.main(_settings(), faults, seconds=seconds, seed=seed, own_server=own_server, only_list=only_list, as_json=as_json)
+
+
 def _settings() -> Settings:
     from jobsys.settings import Settings
 

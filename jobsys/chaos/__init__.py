@@ -1,0 +1,9 @@
+"""Breaks things on purpose, on processes of its own, and compares what was promised with what happened.
+
+jobs.py     the job type, which writes what it does into a file
+ledger.py   what was accepted, what ran, what is in the database: compared
+proxy.py    a TCP proxy before PostgreSQL that cuts, delays, swallows
+stage.py    worker processes and a stream of jobs
+faults.py   what is broken, each for some seconds
+report.py   what came of it
+"""
