@@ -133,7 +133,11 @@ select min(run_at) from first having count(*) > 0;
 -- name: counts
 -- Live numbers by queue, type and status, from the sums and what the log still holds.
 select queue, type, status, sum(entered)::bigint, sum(departed)::bigint
-from (select * from tallies union all select * from tally_log) as moves
+from (
+    select queue, type, status, entered, departed from tallies
+    union all
+    select queue, type, status, entered, departed from tally_log
+) as moves
 group by queue, type, status;
 
 -- name: workers

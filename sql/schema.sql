@@ -266,9 +266,14 @@ create trigger jobs_deleted after delete on jobs
 -- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission) takes it
 -- there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
 -- number is random, so that the claim which was forgotten and the next one differ, and only the next one's outcome counts.
+--
+-- It names its columns: a `setof jobs` that waits while a migration adds a column to `jobs` fails, having promised the row as it was.
 create function claim_jobs(
     worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer
-) returns setof jobs
+) returns table (
+    id uuid, type text, priority smallint, payload jsonb, options jsonb, attempt integer, claim bigint, max_attempts integer, run_at timestamptz,
+    created_at timestamptz, crashes integer, queue text
+)
 language plpgsql
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set enable_hashjoin = off
 set enable_mergejoin = off set jit = off as $$
@@ -303,7 +308,7 @@ begin
     set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1 + (random() * 2147483647)::bigint, started_at = clock_timestamp(),
         worker = worker_id, progress = null
     where id = any(found_ids)
-    returning *;
+    returning id, type, priority, payload, options, attempt, claim, max_attempts, run_at, created_at, crashes, queue;
 end $$;
 
 -- Jobs whose attempt succeeded are COMPLETED. `any(array[…])` and `status::text` leave the planner the primary key as the only way from a

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import threading
 from datetime import datetime, timedelta, timezone
 from operator import itemgetter
 from typing import Any
 
 import psycopg2
 import pytest
-from conftest import execute
+from conftest import eventually, execute
 
 from jobsys import db
 from jobsys.ids import new_job_id
@@ -415,6 +416,11 @@ def test_every_filter_makes_a_statement_that_runs(system: JobSystem, filters: di
 
 @pytest.mark.parametrize("name", sorted(set(db.STATEMENTS)))
 def test_every_statement_is_valid_against_the_schema(database_url: str, name: str) -> None:
+    prepare(database_url, name)
+
+
+def prepare(database_url: str, name: str) -> None:
+    """Have PostgreSQL read one of the statements, without running it."""
     names: list[str] = []
 
     def number(match: re.Match[str]) -> str:
@@ -428,6 +434,35 @@ def test_every_statement_is_valid_against_the_schema(database_url: str, name: st
             connection.cursor().copy_expert(statement, io.StringIO(""))
         return
     execute(database_url, f"prepare it as {re.sub(r'%[(]([a-z_]+)[)]s', number, statement)}".replace("%%", "%"))
+
+
+def blocked(url: str, pid: int) -> bool:
+    """Whether a session waits for another."""
+    return bool(execute(url, "select cardinality(pg_blocking_pids(%s)) > 0", pid)[0][0])
+
+
+@pytest.mark.parametrize("table", ["jobs", "workers", "queues", "tally_log"])
+def test_a_claim_that_waits_while_a_column_is_added_gets_its_jobs(system: JobSystem, worker: Worker, database_url: str, table: str) -> None:
+    jobs = [system.submit("TEST_JOB").id for _ in range(4)]
+    assert worker.finish(*worker.claim(2))  # its session has its plans now
+    [(pid,)] = execute(database_url, "select session_pid from workers")
+    claimed: list[tuple[str, int]] = []
+    claiming = threading.Thread(target=lambda: claimed.extend(worker.claim(2)))
+    with contextlib.closing(psycopg2.connect(database_url)) as altering:
+        altering.cursor().execute(f"alter table {table} add column note text")
+        claiming.start()
+        eventually(lambda: blocked(database_url, pid))
+        altering.commit()
+    claiming.join()
+    assert [id for id, _ in claimed] == jobs[2:]
+    assert worker.finish(*claimed) == jobs[2:]
+
+
+@pytest.mark.parametrize("table", ["tallies", "tally_log"])
+def test_counting_goes_on_when_a_column_is_added(system: JobSystem, database_url: str, table: str) -> None:
+    system.submit("TEST_JOB")
+    execute(database_url, f"alter table {table} add column note text")
+    assert ("default", "TEST_JOB", "PENDING", 1, 0) in system.database.run("counts")
 
 
 def test_a_plan_with_closed_ways_is_never_compiled(database_url: str) -> None:
