@@ -64,9 +64,10 @@ for update skip locked;
 select count(*) from jobs where status = 'PROCESSING' and queue = %(queue)s;
 
 -- name: claim_limited
--- The same as claim, for whoever holds the gate.
+-- The same as claim, for whoever holds the gate. (The step is random here, too: a database that was restored has forgotten claims.)
 update jobs
-set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1, started_at = clock_timestamp(), worker = %(worker)s::uuid, progress = null
+set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1 + (random() * 2147483647)::bigint, started_at = clock_timestamp(),
+    worker = %(worker)s::uuid, progress = null
 where id = any(array(
     select id
     from jobs

@@ -213,6 +213,21 @@ def test_a_paused_queue_gives_nothing_and_a_resumed_one_does(system: JobSystem, 
     assert len(worker.claim()) == 1
 
 
+@pytest.mark.parametrize("statement", ["claim", "claim_limited"])
+def test_a_claim_that_a_restored_database_has_forgotten_is_no_claim(system: JobSystem, worker: Worker, statement: str) -> None:
+    id = system.submit("TEST_JOB").id
+    where = {"worker": worker.id, "types": ["TEST_JOB"], "queue": "default", "n": 1}
+    with contextlib.closing(system.database.connect()) as connection:
+        connection.autocommit = False
+        [forgotten] = db.run(connection, statement, **where | LOOK)
+        connection.rollback()
+        [claimed] = db.run(connection, statement, **where | LOOK)
+        connection.commit()
+    assert forgotten[0] == claimed[0] == id
+    assert worker.finish((id, forgotten[6])) == []
+    assert worker.finish((id, claimed[6])) == [id]
+
+
 def test_a_limited_queue_is_never_claimed_around_its_limit(system: JobSystem, worker: Worker) -> None:
     system.submit("TEST_JOB")
     system.limit("default", max_running=1)
