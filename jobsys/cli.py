@@ -83,12 +83,24 @@ def dev() -> int:
 
 
 @commands.command()
-def migrate() -> int:
-    """Bring the database's schema up to date."""
-    from jobsys import db
+@click.option("--dry-run", is_flag=True, help="Only print what would be applied.")
+def migrate(dry_run: bool) -> int:
+    """Bring the database's schema up to date, while everything runs."""
+    from jobsys import db, migrations
+    from jobsys.logs import printable
 
-    applied = db.migrate(db.url_of(_settings()))
-    click.echo(f"applied {', '.join(applied)}" if applied else "the schema is up to date")
+    url = db.url_of(_settings())
+    plan = migrations.plan(url)
+    if plan.unknown:
+        click.echo(f"nothing was changed: the schema is newer than this jobsys, it has {', '.join(plan.unknown)}")
+    elif not plan.pending:
+        click.echo("the schema is up to date")
+    elif dry_run:
+        click.echo(f"would apply {', '.join(migration.name for migration in plan.pending)}")
+    elif applied := migrations.migrate(url, say=lambda line: click.echo(printable(line), err=True)):
+        click.echo(f"applied {', '.join(applied)}")
+    else:
+        click.echo("the schema is up to date: another `jobsys migrate` has just seen to it")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""PostgreSQL: a pool that waits instead of raising, named statements from `sql/*.sql`, and migrations.
+"""PostgreSQL: a pool that waits instead of raising, and named statements from `sql/*.sql`.
 
 Connections are in autocommit, so that one statement is one round trip; `transaction()` groups several. Nothing here keeps state
 in a session, so a transaction pooler may stand in between. Whatever means "the server is away" leaves as DatabaseUnavailable.
@@ -237,34 +237,6 @@ def url_of(settings: Settings) -> str:
             "start bin/dev, or set DATABASE_URL=postgresql://user:password@host/name"
         )
     return url
-
-
-def migrate(url: str) -> list[str]:
-    """Bring the schema up to date; the names of what was applied, [] when nothing was. Safe to run many times, and at once.
-
-    `sql/schema.sql` is version 1; `sql/migrations/NNNN_name.sql` follow in order, each in a transaction with its version.
-    """
-    database = Database(url, name="jobsys migrate")
-    applied = []
-    with database.transaction() as connection, connection.cursor() as cursor:
-        cursor.execute("select pg_advisory_xact_lock(hashtext('jobsys migrate'))")
-        cursor.execute("select to_regclass('schema_versions') is not null")
-        done: set[int] = set()
-        if cursor.fetchone()[0]:
-            cursor.execute("select version from schema_versions")
-            done = {version for (version,) in cursor.fetchall()}
-        for version, file in _migrations():
-            if version not in done:
-                cursor.execute(file.read_text(encoding="utf-8"))
-                cursor.execute("insert into schema_versions (version, name) values (%s, %s)", (version, file.stem))
-                applied.append(file.stem)
-    database.close()
-    return applied
-
-
-def _migrations() -> list[tuple[int, Path]]:
-    later = sorted((SQL / "migrations").glob("[0-9]*.sql"))
-    return [(1, SQL / "schema.sql"), *((int(file.name.split("_")[0]), file) for file in later)]
 
 
 def _close(connection: Any) -> None:

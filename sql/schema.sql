@@ -18,6 +18,7 @@
 -- client, inside any transaction, is counted, notified and run like every other job.
 --
 -- The statements that work on these tables are in queue.sql (the broker's) and jobs.sql (reads and the operator's verbs).
+-- Once released, this file stays as it is: what changes the schema later is in migrations/, and migrations/README.md says how.
 
 -- A UUID of version 7 (RFC 9562): milliseconds since 1970 in front, so that ids sort by time of creation.
 create function new_job_id() returns uuid
@@ -163,6 +164,7 @@ create table tally_log (like tallies);
 create table schema_versions (
     version    integer     primary key,
     name       text        not null,
+    sha256     text        not null,        -- of the file: what was applied stays as it is
     applied_at timestamptz not null default clock_timestamp()
 );
 

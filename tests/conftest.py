@@ -183,11 +183,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def template(server: str) -> Iterator[str]:
     """The name of a migrated, empty database."""
-    from jobsys import db
+    from jobsys import migrations
 
     name = f"jobsys_test_{secrets.token_hex(4)}_template"
     execute(server, f'create database "{name}"')
-    db.migrate(at_database(server, name))
+    migrations.migrate(at_database(server, name))
     yield name
     execute(server, f'drop database "{name}" with (force)')
 

@@ -13,6 +13,7 @@ LAYERS: list[set[str]] = [
     {"errors", "ids", "interrupt"},
     {"settings"},
     {"logs", "local", "db"},
+    {"migrations"},
     {"job_types", "submissions"},
     {"jobs", "running"},
     {"outcomes", "middleware", "work_queue"},

@@ -19,7 +19,7 @@ from conftest import Launcher, Running, environment, eventually, execute
 from dramatiq.errors import QueueJoinTimeout
 from dramatiq.results.errors import ResultFailure
 
-from jobsys import db
+from jobsys import migrations
 from jobsys.ids import new_job_id
 from jobsys.settings import Settings
 from jobsys.system import JobRecord, JobSystem, Submission
@@ -292,7 +292,7 @@ def test_a_worker_started_before_the_migration_says_so_and_waits(server: str, st
         url = urlunsplit(urlsplit(server)._replace(path="/unmigrated"))
         worker = start_worker(DATABASE_URL=url)
         eventually(lambda: "jobsys migrate" in worker.output)
-        db.migrate(url)
+        migrations.migrate(url)
         late = JobSystem(settings.model_copy(update={"database_url": url}))
         assert late.wait(late.submit("TEST_JOB").id, 20).status == "COMPLETED"
         late.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from jobsys import db
+from jobsys import db, migrations
 from jobsys.local import Postgres, dies_with_us
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
@@ -65,7 +65,7 @@ class Bench:
     def system(self) -> Iterator[JobSystem]:
         """jobsys on a fresh, migrated database."""
         with self.database() as url:
-            db.migrate(url)
+            migrations.migrate(url)
             system = JobSystem(Settings(_env_file=None, database_url=url, job_modules=[JOB_TYPES]))
             try:
                 yield system
