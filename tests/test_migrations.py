@@ -1,4 +1,4 @@
-"""Migrations while everything runs, and in all the ways that go wrong."""
+"""Migrations while everything runs, and in all the ways that go wrong; and a backup that is restored."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -16,12 +17,12 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import Launcher, Running, at_database, environment, eventually, execute
+from conftest import CHECKOUT, Launcher, Running, at_database, environment, eventually, execute
 from test_queue import Worker, blocked, prepare
 
-from jobsys import db, migrations
+from jobsys import db, local, migrations
 from jobsys.settings import Settings
-from jobsys.system import JobSystem
+from jobsys.system import JobSystem, Submission
 
 MIGRATE = """
 import sys
@@ -390,3 +391,76 @@ def test_two_files_of_one_number_are_refused(release: Release, database_url: str
     refused = release.migrate()
     assert refused.wait() == 1 and "0002_note can't come after 0002_index" in refused.output
     assert execute(database_url, APPLIED) == []
+
+
+def client_programs(url: str) -> Path:
+    """Where there is a pg_dump that understands this server."""
+    [(server,)] = execute(url, "select current_setting('server_version_num')::integer / 10000")
+    places = [Path(found).parent for found in [shutil.which("pg_dump")] if found]
+    with contextlib.suppress(local.LocalError):
+        places.append(local._binaries())
+    for place in places:
+        with contextlib.suppress(OSError):
+            said = subprocess.run([place / "pg_dump", "--version"], capture_output=True, text=True).stdout
+            if (version := re.search(r"\d+", said)) and int(version[0]) >= server:
+                return place
+    pytest.skip(f"there is no pg_dump of PostgreSQL {server} on this machine")
+
+
+def test_a_backup_that_was_taken_under_load_is_restored_and_all_in_it_ends_once(
+    settings: Settings, start_worker: Any, system: JobSystem, database_url: str, empty_url: str, tmp_path: Path
+) -> None:
+    programs, dump = client_programs(database_url), tmp_path / "jobs.dump"
+    old_worker = start_worker()
+    ended = [system.submit("TEST_JOB").id, system.submit("TEST_JOB", {"giveUp": True}).id]
+    assert [system.wait(id, 20).status for id in ended] == ["COMPLETED", "FAILED"]
+    system.submit("TEST_JOB", delay=5)
+    later = system.submit("TEST_JOB", delay=3600).id
+    client = Client(settings)
+    client.start()
+    try:
+        system.submit_many([Submission("TEST_JOB", {"sleepMs": 600})] * 16)
+        running, waiting = ("select 1 from jobs where status = 'PROCESSING'", "select 1 from jobs where status = 'PENDING'")
+        eventually(lambda: len(execute(database_url, running)) >= 4 and len(execute(database_url, waiting)) >= 4, timeout=30)
+        subprocess.run([programs / "pg_dump", "--format=custom", f"--file={dump}", database_url], check=True)
+    finally:
+        client.stopped.set()
+        client.join()
+    open_jobs = "select count(*) from jobs where status < 'COMPLETED'"
+    eventually(lambda: execute(database_url, open_jobs) == [(1,)], timeout=30)
+    assert old_worker.stop() == 0
+
+    subprocess.run([programs / "pg_restore", "--no-owner", "--exit-on-error", f"--dbname={empty_url}", dump], check=True)
+    assert migrations.migrate(empty_url) == [] and described(empty_url) == described(database_url)
+    backup = dict(execute(empty_url, "select id::text, status::text from jobs"))
+    assert set(backup.values()) == {"SCHEDULED", "PENDING", "PROCESSING", "COMPLETED", "FAILED"}
+    [pause] = re.findall(r'psql "\$DATABASE_URL" -c "(.*)"', (CHECKOUT / "README.md").read_text())
+    execute(empty_url, pause)
+    start_worker(DATABASE_URL=empty_url)
+    eventually(lambda: (len(execute(empty_url, running)), len(execute(empty_url, "select 1 from workers"))) == (0, 1), timeout=30)
+    assert {id for id, status in backup.items() if status in ("COMPLETED", "FAILED")} == {
+        id for (id,) in execute(empty_url, "select id::text from jobs where status >= 'COMPLETED'")
+    }
+
+    restored = JobSystem(settings.model_copy(update={"database_url": empty_url}))
+    restored.resume("default")
+    forgotten = execute(database_url, "select id::text, claim from jobs where id::text = any(%s)", [id for id in backup if id not in ended])
+    late = {"id": [id for id, _ in forgotten], "claim": [claim for _, claim in forgotten], "result": ["0"] * len(forgotten)}
+
+    def all_ended() -> bool:
+        assert restored.database.run("finish", **late) == [], "a worker of the time before is heard"
+        return execute(empty_url, open_jobs) == [(1,)]
+
+    eventually(all_ended, timeout=30)
+    restored.close()
+    now = {id: (status, attempt) for id, status, attempt in execute(empty_url, "select id::text, status::text, attempt from jobs")}
+    failing = {id for (id,) in execute(empty_url, "select job_id::text from failures where type <> 'WorkerLost'")}
+    for id, status in backup.items():
+        runs = 0 if id == later else 1 + (status == "PROCESSING") + (id in failing and id not in ended)
+        assert now[id] == ("SCHEDULED" if id == later else "FAILED" if id == ended[1] else "COMPLETED", runs)
+    assert execute(empty_url, "select id::text, finished_at from jobs where id::text = any(%s) order by id", ended) == execute(
+        database_url, "select id::text, finished_at from jobs where id::text = any(%s) order by id", ended
+    )
+    assert_sums_agree(empty_url)
+    completions = [row[3:] for row in execute(empty_url, db.STATEMENTS["counts"]) if row[2] == "COMPLETED"]
+    assert completions == [(sum(status == "COMPLETED" for status, _ in now.values()), 0)]
