@@ -29,7 +29,7 @@ from jobsys.errors import DatabaseUnavailable, InvalidSubmission, NotCommitted
 from jobsys.ids import new_job_id
 from jobsys.job_types import PRIORITIES, JobType, Registry, encode
 from jobsys.middleware import NOT_FOR_PLAIN_JOBS, stack, unreadable
-from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry
+from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry, unstorable
 from jobsys.presence import Presence
 from jobsys.running import RunningJob
 from jobsys.settings import Settings
@@ -275,11 +275,11 @@ class JobsConsumer(PostgresConsumer):
 
     def ack(self, message: RunningJob) -> None:
         """The attempt is over and did not fail for good: finished, to be retried, interrupted or cancelled."""
-        self.presence.settle(message, self._outcome(message))
+        self._settle(message, self._outcome)
 
     def nack(self, message: RunningJob) -> None:
         """The attempt was the last: FAILED, or DEAD when the job can't be run."""
-        self.presence.settle(message, bury(message))
+        self._settle(message, bury)
 
     def requeue(self, messages: Iterable[RunningJob]) -> None:
         """Give back what was claimed and not started, as the same attempt."""
@@ -291,6 +291,13 @@ class JobsConsumer(PostgresConsumer):
         while self.batch:
             message = self.batch.popleft()
             self.presence.settle(message, release(message))
+
+    def _settle(self, message: RunningJob, decide: Callable[[RunningJob], Outcome]) -> None:
+        try:
+            outcome = decide(message)
+        except BaseException as error:  # Dramatiq would take it for its own bug and go on, and the job would never end
+            outcome = unstorable(message, error)
+        self.presence.settle(message, outcome)
 
     def _outcome(self, message: RunningJob) -> Outcome:
         if message.retry_delay is not None:

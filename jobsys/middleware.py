@@ -68,7 +68,7 @@ class Stopping(Middleware):
 
     def before_process_message(self, broker: JobsBroker, message: RunningJob) -> None:
         limit = message.options.get("time_limit")
-        if limit is None:
+        if not isinstance(limit, (int, float)):
             limit = broker.actors[message.actor_name].options.get("time_limit")
         # Dramatiq counts in milliseconds.
         message.deadline = time.monotonic() + (self.default_limit if limit is None else limit / 1000)
@@ -90,8 +90,8 @@ class Retries(DramatiqRetries):
     ) -> None:
         if exception is None:
             return
-        if isinstance(exception, JobStopped):
-            reason = message.job.stop_reason or exception.reason
+        # Who raises JobStopped without having been asked to stop has failed: given back as the same attempt, it would do so for ever.
+        if isinstance(exception, JobStopped) and (reason := message.job.stop_reason) is not None:
             if reason != "time limit":
                 message.stopped = reason
                 return

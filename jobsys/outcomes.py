@@ -6,6 +6,7 @@ An outcome names one statement of sql/queue.sql and this job's parameters for it
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -64,10 +65,9 @@ def cancel(job: RunningJob) -> Outcome:
     return Outcome("cancel_running", job, {})
 
 
-def unstorable(job: RunningJob, error: Exception) -> Outcome:
-    """FAILED, because the outcome the attempt had can't be stored."""
-    text = plain_text(f"the outcome of this attempt can't be stored: {str(error).strip()}")
-    failed = Failed(type(error).__name__, text, "", "outcome")
+def unstorable(job: RunningJob, error: BaseException) -> Outcome:
+    """FAILED, because the outcome the attempt had can't be stored, or not even be made."""
+    failed = Failed(_name_of(error), f"the outcome of this attempt can't be stored: {_message_of(error).strip()}", "", "outcome")
     return Outcome("bury", job, {"status": "FAILED", "options": encode({}), **failed._asdict()})
 
 
@@ -84,31 +84,46 @@ def _failure(job: RunningJob) -> dict[str, Any]:
     if error is None:
         failed = Failed("ActorNotFound", f"this worker has no job type {job.actor_name}", "", "ActorNotFound")
     else:
-        failed = Failed(type(error).__name__, _message_of(error), _traceback_of(error), _fingerprint(error))
+        failed = Failed(_name_of(error), _message_of(error), _traceback_of(error), _fingerprint(error))
     return {"options": encode(job.lasting_options()), **failed._asdict()}
+
+
+def _told(tell: Callable[[], str], otherwise: str) -> str:
+    """What `tell` says of an exception. The exception's own code may run in there, and whatever that raises must not end this thread."""
+    try:
+        return tell()
+    except BaseException:
+        return otherwise
+
+
+def _name_of(error: BaseException) -> str:
+    return _told(lambda: plain_text(type(error).__name__, 200), "Exception")
 
 
 def _message_of(error: BaseException) -> str:
     try:
         return plain_text(str(error), 5_000)
-    except Exception as broken:
-        return f"(its text can't be had: str() raised {type(broken).__name__})"
+    except BaseException as broken:
+        return f"(its text can't be had: str() raised {_name_of(broken)})"
 
 
 def _traceback_of(error: BaseException) -> str:
     """The traceback with its causes, without the frames that lead from a worker's thread to the job's function."""
-    try:
+
+    def tell() -> str:
         told = traceback.TracebackException.from_exception(error)
         part: traceback.TracebackException | None = told
         while part is not None:
             part.stack[:] = [frame for frame in part.stack if not frame.filename.endswith(_ABOVE_A_JOB)][-LONGEST_STACK:]
             part = part.__cause__ or part.__context__
         return plain_text("".join(told.format()))
-    except Exception:
-        return f"{type(error).__name__} (its traceback can't be had)"
+
+    return _told(tell, f"{_name_of(error)} (its traceback can't be had)")
 
 
 def _fingerprint(error: BaseException) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    place = f"{last[0].filename}:{last[0].name}" if last else ""
-    return sha256(f"{type(error).__name__} {place}".encode("utf-8", "replace")).hexdigest()[:16]
+    def place() -> str:
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        return f"{last[0].filename}:{last[0].name}" if last else ""
+
+    return sha256(f"{_name_of(error)} {_told(place, '')}".encode("utf-8", "replace")).hexdigest()[:16]

@@ -71,6 +71,8 @@ class RunningJob(MessageProxy):
             return {}
         # Another broker's way of delaying: what was claimed is due, and Dramatiq would put it aside again.
         read.pop("eta", None)
+        # Classes, which JSON can't hold: Dramatiq would fail where it asks for them, and lose the thread.
+        read.pop("throws", None)
         return read
 
     @property
