@@ -8,6 +8,8 @@ are in the README under design decisions. What a process is as a worker is prese
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -94,7 +96,14 @@ class JobsBroker(PostgresBroker):
         @functools.wraps(function)
         def stoppable(*args: Any, **kwargs: Any) -> Any:
             running = self.running
-            return function(*args, **kwargs) if running is None else running.attempt_call.call(function, *args, **kwargs)
+            if running is None:
+                return function(*args, **kwargs)
+            process = os.getpid()
+            try:
+                return running.attempt_call.call(function, *args, **kwargs)
+            finally:
+                if os.getpid() != process:  # a fork that the job let come back: it is no worker
+                    os._exit(0 if sys.exc_info()[0] is None else 1)
 
         def message_with_options(**options: Any) -> Message[Any]:
             return build(**options)._replace(message_id=new_job_id())

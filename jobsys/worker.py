@@ -150,6 +150,7 @@ class Child:
 def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     """One worker process, until it is told to stop; its exit status."""
     logs.configure(settings, process="worker")
+    os.register_at_fork(after_in_child=_forget_signals)
     ends: list[str] = []
     wakeup = threading.Event()
 
@@ -193,6 +194,12 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     system.close()
     log.info("worker has ended", reason=ends[0] if ends else "a job that could not be stopped")
     return 0 if ends else REPLACED
+
+
+def _forget_signals() -> None:
+    """In the child of a fork: it ends when it is told to, like any process, and is no worker."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _unfinished(presence: Presence) -> bool:
