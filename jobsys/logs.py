@@ -7,6 +7,7 @@ libraries' lines included. What users sent can neither start a new line nor stee
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -79,7 +80,7 @@ def configure(settings: Settings, *, process: str) -> None:
     mask = _masker(settings)
     short = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
     colours = short and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [Stream(sys.stderr)]
     handlers[0].setFormatter(_formatter(mask, lambda event: _line(event, process, short=short, colours=colours)))
     if settings.log_file is not None:
         try:
@@ -121,7 +122,21 @@ def gunicorn_logger_class() -> type:
     return Lines
 
 
-class SharedFile(logging.Handler):
+class Forgiving(logging.Handler):
+    """A line that can't be written is lost, and not the thread that logs it: a job may have closed the stream, the disk may be full."""
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write the line, if that is possible."""
+        with contextlib.suppress(Exception):
+            super().handle(record)
+        return True
+
+
+class Stream(Forgiving, logging.StreamHandler):
+    """Writes lines to a stream."""
+
+
+class SharedFile(Forgiving):
     """Appends lines to a file that other processes append to and rotate as well.
 
     A line is one `write` to a file opened for appending, which the kernel keeps whole. Whoever finds the file grown to `FILE_BYTES`

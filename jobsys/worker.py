@@ -246,6 +246,7 @@ def __getattr__(name: str) -> object:
 
 if __name__ == "__main__":
     status = run_process(Settings(), lifeline=int(sys.argv[1]) if len(sys.argv) > 1 else None)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
     # Threads that ignore everything must not keep the process.
     os._exit(status)
