@@ -21,6 +21,7 @@ import dramatiq
 
 from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable, SettingsError
+from jobsys.jobs import settings as job_settings
 from jobsys.presence import Presence
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
@@ -166,6 +167,7 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     while not ends and not _prepared(system):
         wakeup.wait(1)
     system.database.close()  # idle until a job submits another
+    job_settings()  # read before a job can change the directory that .env is in
     worker = dramatiq.Worker(
         system.broker,
         queues=set(settings.worker_queues),

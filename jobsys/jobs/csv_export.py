@@ -28,6 +28,8 @@ STEP = 10_000
 """Rows between two reports of progress, and two looks at whether the job has to stop."""
 MAX_CELLS = 100_000_000
 LEFTOVER_AGE = 86_400.0
+START = Path.cwd()
+"""What a relative OUTPUT_DIR is relative to: some other job may change this process's directory."""
 
 # https://owasp.org/www-community/attacks/CSV_Injection, full-width forms of the signs included
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
@@ -82,7 +84,7 @@ def export_csv(payload: CsvExport, job: Job) -> dict[str, Any]:
     """Write rows to a CSV file, with a header of all their columns."""
     path = settings().output_dir / f"{job.id}.csv"
     columns = _columns(payload.data) if payload.columns is None else payload.columns
-    with _whole_or_not(path) as file:
+    with _whole_or_not(START / path) as file:
         measured = _Measured(file)
         writer = csv.writer(measured)
         writer.writerow([_cell(name) for name in columns])
