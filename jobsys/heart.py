@@ -64,12 +64,14 @@ class Heart(threading.Thread):
     def stop(self) -> None:
         """Beat no more, and end the session."""
         self._stopped.set()
-        os.write(self._wake, b".")
+        with contextlib.suppress(OSError):  # closed by a job
+            os.write(self._wake, b".")
         if self.is_alive() and threading.current_thread() is not self:
             self.join(5)
         self._close()
-        os.close(self._woken)
-        os.close(self._wake)
+        for descriptor in (self._woken, self._wake):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def _listen(self) -> None:
         if self._connection is None:

@@ -89,6 +89,11 @@ class Presence:
         self._lookout.start()
         self._writer.start()
 
+    @property
+    def threads_it_needs(self) -> list[threading.Thread]:
+        """Without any of these the process is no worker."""
+        return [self._heart, self._chores, self._lookout, self._writer]
+
     def row(self) -> dict[str, Any]:
         """What the row in `workers` says of this process."""
         queues = self.broker.get_declared_queues() if self.queues is None else self.queues

@@ -7,6 +7,7 @@ and so one poisonous job could stop the service. `dramatiq jobsys.worker:broker`
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import dramatiq
@@ -28,6 +30,10 @@ from jobsys.system import JobSystem
 
 REPLACED = 75
 """Exit status of a process that asks to be replaced (EX_TEMPFAIL)."""
+SIGN_OF_LIFE = 1.0
+"""How often, in seconds, a worker process tells its supervisor that its threads get on."""
+PATIENCE = 5.0
+"""Seconds that a process may be silent beyond WORKER_LOST_AFTER; by then others have its jobs."""
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 30.0
 """Seconds a process must have lived for its end not to make the pause before its successor longer."""
@@ -58,17 +64,19 @@ class Supervisor:
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        # When this process is killed, its end of the pipe closes, and its children see that.
-        alive, self._lifeline = os.pipe()
         log.info("starting workers", processes=len(self._children), threads=self._settings.worker_threads)
         forwarded = 0
         hard_end = float("inf")
+        longest_silence = self._settings.worker_lost_after + PATIENCE
         while True:
             for child in self._children:
                 if child.reap() and self._signals == 0:
                     self._mourn(child)
                 if self._signals == 0 and child.process is None and time.monotonic() >= child.start_at:
-                    child.start(alive)
+                    child.start()
+                if child.process is not None and child.silence() > longest_silence:
+                    log.error("a worker process is stuck and is killed", pid=child.pid)
+                    child.kill()
             if self._signals > forwarded:
                 forwarded = self._signals
                 hard_end = time.monotonic() + (self._settings.shutdown_grace if forwarded == 1 else 0) + 10
@@ -119,13 +127,44 @@ class Child:
         self.pause = 0.0
         self.start_at = 0.0
         self._started_at = 0.0
+        self._line: socket.socket | None = None
+        self._spoke = False
+        self._silent = 0.0
+        self._listened_at = 0.0
 
-    def start(self, lifeline: int) -> None:
-        """Start the process, in a session of its own so that a terminal's Ctrl-C reaches only the supervisor."""
-        command = [sys.executable, "-m", "jobsys.worker", str(lifeline)]
-        self.process = subprocess.Popen(command, pass_fds=[lifeline], start_new_session=True)
+    def start(self) -> None:
+        """Start the process, in a session of its own so that a terminal's Ctrl-C reaches only the supervisor.
+
+        A line leads to it: when this process is killed, its end closes, and the child sees that; when the child's threads don't get on, it
+        says nothing any more."""
+        if self._line is not None:
+            self._line.close()
+        self._line, theirs = socket.socketpair()
+        self._line.setblocking(False)
+        with theirs:
+            command = [sys.executable, "-m", "jobsys.worker", str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         self.pid = self.process.pid
-        self._started_at = time.monotonic()
+        self._spoke = False
+        self._started_at = self._listened_at = time.monotonic()
+
+    def silence(self) -> float:
+        """For how many seconds the process has said nothing any more. While this one is stopped itself, no time passes for the other."""
+        now = time.monotonic()
+        self._silent += min(now - self._listened_at, SIGN_OF_LIFE)
+        self._listened_at = now
+        with contextlib.suppress(OSError):
+            if self._line is not None and self._line.recv(4096):
+                self._spoke, self._silent = True, 0.0
+        return self._silent if self._spoke else 0.0
+
+    def kill(self) -> None:
+        """End a process that can't do so by itself. SIGQUIT first: it then tells on standard error what its threads are at."""
+        self.send(signal.SIGQUIT)
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
+        self.send(signal.SIGKILL)
 
     def reap(self) -> bool:
         """Whether the process has ended since last asked; then also when its successor may start."""
@@ -151,6 +190,10 @@ class Child:
 def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     """One worker process, until it is told to stop; its exit status."""
     logs.configure(settings, process="worker")
+    if sys.stderr is not None:
+        # Where a job crashes the process, and, when it is stuck, where: both without the interpreter's help.
+        faulthandler.enable(all_threads=False)
+        faulthandler.register(signal.SIGQUIT, chain=True)
     os.register_at_fork(after_in_child=_forget_signals)
     ends: list[str] = []
     wakeup = threading.Event()
@@ -182,9 +225,13 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     sys.setswitchinterval(0.001)
     worker.start()
     presence = system.broker.attend(threads=settings.worker_threads)
+    unfit = _check(worker, presence)
     while not ends and not presence.must_end.is_set():
         wakeup.wait(0.1)
         wakeup.clear()
+        if reason := unfit():
+            log.error("this process is not fit to go on, and will be replaced", reason=reason)
+            presence.must_end.set()
     reasons = len(ends)
     presence.stop_claiming()
     deadline = time.monotonic() + settings.shutdown_grace
@@ -194,8 +241,27 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
         presence.stop_claiming()
     worker.stop(timeout=0 if presence.unfinished else 2000)
     system.close()
-    log.info("worker has ended", reason=ends[0] if ends else "a job that could not be stopped")
+    log.info("worker has ended", reason=ends[0] if ends else "it has to be replaced")
     return 0 if ends else REPLACED
+
+
+def _check(worker: dramatiq.Worker, presence: Presence) -> Callable[[], str | None]:
+    """What tells whether the process is still as it was, whatever its jobs did: None, or what is wrong."""
+    descriptor = os.pipe()[0]
+    opened, recursion_limit = os.fstat(descriptor), sys.getrecursionlimit()
+
+    def check() -> str | None:
+        if sys.getrecursionlimit() < recursion_limit:
+            sys.setrecursionlimit(recursion_limit)
+        for thread in [*worker.workers, *worker.consumers.values(), *presence.threads_it_needs]:
+            if not thread.is_alive():
+                return f"its thread {thread.name} has ended"
+        with contextlib.suppress(OSError):
+            if os.path.samestat(opened, os.fstat(descriptor)):
+                return None
+        return "somebody closed its file descriptors"
+
+    return check
 
 
 def _forget_signals() -> None:
@@ -228,8 +294,14 @@ def limit_ingestion(system: JobSystem) -> None:
 
 
 def _watch(lifeline: int, end: Any) -> None:
-    """Wait for the supervisor's end of the pipe to close, which happens when it dies."""
-    os.read(lifeline, 1)
+    """Give the supervisor signs of life until its end of the line closes, which happens when it dies."""
+    with contextlib.suppress(OSError), socket.socket(fileno=lifeline) as line:
+        line.settimeout(SIGN_OF_LIFE)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                line.send(b".")
+                line.recv(1)
+                break
     end("the supervisor is gone")
 
 

@@ -125,3 +125,30 @@ def test_a_worker_that_can_log_nowhere_does_its_work(jobs: Jobs, launcher: Launc
     assert {(job.status, job.attempt) for job in jobs.ends(failing)} == {("FAILED", 2)}
     assert jobs.ends([jobs.submit("TEST_JOB")])[0].status == "COMPLETED"
     assert len(jobs.system.workers()) == 1 and worker.stop() == 0
+
+
+def test_a_job_that_kills_its_process_ends_alone(jobs: Jobs, abused: StartWorker) -> None:
+    worker = abused(WORKER_PROCESSES=4, MAX_CRASHES=2)
+    jobs.wait_for_workers(4)
+    killers = jobs.misbehave("os_exit", "segfault", "abort", "killed_for_its_memory", "catastrophic_regex")
+    innocent = jobs.neighbours()
+    for how, job in zip(killers, jobs.ends(killers.values(), 90), strict=True):
+        assert (job.status, (job.error or {})["type"]) == ("DEAD", "WorkerLost"), how
+    assert {job.status for job in jobs.ends(innocent)} == {"COMPLETED"}
+    assert "in segfault" in worker.output
+    eventually(lambda: "in catastrophic_regex" in worker.output, 20)
+
+
+def test_a_process_that_a_job_has_crippled_is_replaced(jobs: Jobs, abused: StartWorker, system: JobSystem) -> None:
+    worker = abused(WORKER_PROCESSES=2)
+    jobs.wait_for_workers(2)
+    stones = jobs.misbehave("sleeps_in_python", "sleeps_in_c", "waits_for_a_lock", "loops_and_catches_everything")
+    others = jobs.misbehave("closes_every_descriptor", "little_recursion", "too_much_memory")
+    innocent = jobs.neighbours()
+    for how, job in zip(stones, jobs.ends(stones.values()), strict=True):
+        assert (job.status, (job.error or {})["type"]) == ("FAILED", "TimeLimitExceeded"), how
+    assert [job.status for job in jobs.ends(others.values())] == ["COMPLETED", "COMPLETED", "FAILED"]
+    assert {job.status for job in jobs.ends(innocent)} == {"COMPLETED"}
+    jobs.wait_for_workers(2)
+    assert "somebody closed its file descriptors" in worker.output
+    assert system.wait(jobs.submit("TEST_JOB"), 20).status == "COMPLETED"
