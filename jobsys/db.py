@@ -7,6 +7,7 @@ in a session, so a transaction pooler may stand in between. Whatever means "the 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -20,7 +21,7 @@ from typing import Any
 
 import psycopg2
 from psycopg2 import errors as pg_errors
-from psycopg2 import extensions
+from psycopg2 import extensions, extras
 
 from jobsys.errors import DatabaseUnavailable, NotMigrated, SettingsError
 from jobsys.interrupt import undisturbed
@@ -85,6 +86,7 @@ class Database:
         with translated():
             connection = psycopg2.connect(self.url, **parameters)
             connection.autocommit = True
+        extras.register_default_jsonb(connection, loads=_read_json)
         return connection
 
     @contextmanager
@@ -237,6 +239,15 @@ def url_of(settings: Settings) -> str:
             "start bin/dev, or set DATABASE_URL=postgresql://user:password@host/name"
         )
     return url
+
+
+def _read_json(text: str) -> Any:
+    """What a jsonb column holds. What only PostgreSQL can read (deep nesting, numbers of thousands of digits) must not hide the rest of a
+    page: it comes as its text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return {"unreadable": f"{text[:200]}…"}
 
 
 def _close(connection: Any) -> None:

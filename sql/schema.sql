@@ -64,8 +64,10 @@ create table jobs (
     constraint ended_jobs_and_no_others_have_an_end check ((status >= 'COMPLETED') = (finished_at is not null)),
     constraint payload_is_an_object check (jsonb_typeof(payload) = 'object'),
     constraint options_are_an_object check (jsonb_typeof(options) = 'object'),
-    constraint run_at_can_be_read_back check (run_at between '0001-01-02' and '9999-12-30'),
-    constraint numbers_are_not_negative check (least(attempt, claim, crashes, max_attempts - 1) >= 0)
+    constraint times_can_be_read_back check (least(run_at, created_at) >= '0001-01-02' and greatest(run_at, created_at) <= '9999-12-30'),
+    constraint numbers_are_not_negative check (least(attempt, claim, crashes, max_attempts - 1) >= 0),
+    -- A claim that overflows fails with all jobs it would have brought.
+    constraint numbers_can_still_grow check (greatest(attempt, crashes) < 2000000000 and claim < 9000000000000000000)
 )
 -- Rows live short and change three times: vacuum early, in small steps.
 with (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 1);

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import psycopg2
 import pytest
 from conftest import Launcher, Running, environment, eventually, execute, is_alive
 from misbehaviour import ERRORS, STORABLE, UNSTORABLE
@@ -152,3 +153,48 @@ def test_a_process_that_a_job_has_crippled_is_replaced(jobs: Jobs, abused: Start
     jobs.wait_for_workers(2)
     assert "somebody closed its file descriptors" in worker.output
     assert system.wait(jobs.submit("TEST_JOB"), 20).status == "COMPLETED"
+
+
+def test_a_row_that_makes_no_sense_is_a_failure_of_its_own(jobs: Jobs, abused: StartWorker, system: JobSystem, database_url: str) -> None:
+    abused()
+    jobs.wait_for_workers(1)
+    [before] = system.workers()
+    deep = '{"a":' * 3000 + "1" + "}" * 3000
+    fails = {"payload": '{"failTimes": 9}'}
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("COMPLETED", {"options": '{"time_limit": "soon"}'}),
+        ("COMPLETED", {"options": '{"max_age": "young", "pipe_target": 5, "on_success": 5}'}),
+        ("COMPLETED", {"priority": -32768, "max_attempts": 2147483647}),
+        ("COMPLETED", {"priority": 32767, "run_at": "0001-01-02"}),
+        ("FAILED", {"options": '{"throws": "stones"}', "max_attempts": 1, **fails}),
+        ("FAILED", {"options": '{"throws": [5]}', "max_attempts": 3, **fails}),
+        ("FAILED", {"options": '{"retries": "many"}', "max_attempts": 2, **fails}),
+        ("FAILED", {"options": '{"min_backoff": "short", "on_failure": "nobody"}', "max_attempts": 2, **fails}),
+        ("FAILED", {"type": "add", "queue": "plain", "options": '{"args": 5}', "max_attempts": 1}),
+        ("FAILED", {"type": "add", "queue": "plain", "payload": '{"c": 5}', "max_attempts": 1}),
+        ("FAILED", {"type": "add", "queue": "plain", "payload": deep, "max_attempts": 1}),
+        ("DEAD", {"options": deep}),
+        ("DEAD", {"type": "LEDGER", "payload": '{"ledger": ["of", "another", "shape"]}'}),
+        ("DEAD", {"type": "LEDGER", "payload": deep}),
+    ]
+    ids = [jobs.insert(**{"type": "TEST_JOB"} | columns) for _, columns in rows for _ in range(2)]
+    innocent = jobs.neighbours(10)
+    for (status, columns), job in zip([row for row in rows for _ in range(2)], jobs.ends(ids), strict=True):
+        assert job.status == status, columns
+        assert status == "COMPLETED" or (job.error or {})["message"], columns
+    assert {job.status for job in jobs.ends(innocent)} == {"COMPLETED"}
+    assert [each.id for each in system.workers() if each.alive] == [before.id]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("attempt", 2**31 - 1),
+        ("crashes", 2**31 - 1),
+        ("claim", 2**63 - 1),
+        *((column, moment) for column in ("run_at", "created_at") for moment in ("infinity", "-infinity", "294276-01-01")),
+    ],
+)
+def test_a_row_that_could_not_be_claimed_cannot_be_stored(jobs: Jobs, column: str, value: Any) -> None:
+    with pytest.raises(psycopg2.errors.CheckViolation):
+        jobs.insert(type="TEST_JOB", **{column: value})
