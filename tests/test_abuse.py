@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import psycopg2
 import pytest
 from conftest import Launcher, Running, environment, eventually, execute, is_alive
 from misbehaviour import ERRORS, STORABLE, UNSTORABLE
+from test_email_send import Conversation, MailServer, RawServer
 
 from jobsys.settings import Settings
 from jobsys.system import JobRecord, JobSystem
@@ -198,3 +201,144 @@ def test_a_row_that_makes_no_sense_is_a_failure_of_its_own(jobs: Jobs, abused: S
 def test_a_row_that_could_not_be_claimed_cannot_be_stored(jobs: Jobs, column: str, value: Any) -> None:
     with pytest.raises(psycopg2.errors.CheckViolation):
         jobs.insert(type="TEST_JOB", **{column: value})
+
+
+# --- mail servers that misbehave (what one may answer: test_email_send.py)
+
+HELLO: dict[str, Any] = {"to": "ada@example.test", "subject": "Hello", "body": "It works."}
+
+
+class Dropping(MailServer):
+    """Takes its first mail, and hangs up instead of saying so."""
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        answer = await super().handle_DATA(server, session, envelope)
+        if len(self.envelopes) == 1:
+            server.transport.abort()
+        return answer
+
+
+class Moody(Conversation):
+    """Says to its first visitor one character in a while, to the second nothing, and to later ones what is proper."""
+
+    def converse(self) -> None:
+        self.server.heard.append("visit")
+        visits = self.server.heard.count("visit")
+        while visits == 1 and not self.server.closing.wait(0.05):
+            self.wfile.write(b"2")
+        if visits == 2:
+            self.server.closing.wait(60)
+        super().converse()
+
+
+def sending_to(server: Any) -> dict[str, Any]:
+    return {"SMTP_HOST": "127.0.0.1", "SMTP_PORT": server.port, "MAIL_FROM": "jobs@example.test"}
+
+
+def test_a_mail_whose_answer_was_lost_is_sent_again_with_the_same_message_id(jobs: Jobs, abused: StartWorker) -> None:
+    with contextlib.closing(Dropping()) as server:
+        abused(**sending_to(server))
+        [mail] = jobs.ends([jobs.submit("EMAIL_SEND", **HELLO)])
+        assert (mail.status, mail.attempt) == ("COMPLETED", 2)
+        assert [each["Message-ID"] for each in server.mails] == [f"<{mail.id}@example.test>"] * 2
+
+
+def test_a_mail_waits_for_a_server_that_is_too_busy(jobs: Jobs, abused: StartWorker, system: JobSystem) -> None:
+    with contextlib.closing(RawServer(HI=[b"421 too busy", b"421 still too busy", b"220 welcome"])) as server:
+        abused(**sending_to(server))
+        [mail] = jobs.ends([jobs.submit("EMAIL_SEND", **HELLO)])
+        assert (mail.status, mail.attempt, server.heard.count(".")) == ("COMPLETED", 3, 1)
+        assert ["421" in failure.message for failure in system.failures(mail.id)] == [True, True]
+
+
+def test_a_mail_server_that_hangs_holds_up_no_other_job(jobs: Jobs, abused: StartWorker, system: JobSystem) -> None:
+    with contextlib.closing(RawServer()) as server:
+        server.RequestHandlerClass = Moody
+        abused(**sending_to(server))
+        mail_id = jobs.submit("MAIL_IN_HASTE", max_attempts=5, **HELLO)
+        eventually(lambda: "visit" in server.heard, 20)
+        innocent = jobs.ends(jobs.neighbours(30))
+        [mail] = jobs.ends([mail_id])
+        assert (mail.status, mail.attempt, server.heard.count(".")) == ("COMPLETED", 3, 1)
+        assert {failure.type for failure in system.failures(mail_id)} == {"TimeLimitExceeded"}
+        assert {each.status for each in innocent} == {"COMPLETED"}
+        assert max(str(each.finished_at) for each in innocent) < str(mail.finished_at)
+
+
+# --- disks that are full, and processes that die while they write
+
+ROWS = [{"number": number, "text": "x" * 100} for number in range(500)]
+
+
+class Crowded(NamedTuple):
+    """Where a worker's files are as seen from here, and what makes room there."""
+
+    output: Path
+    make_room: Callable[[], object]
+
+
+@pytest.fixture
+def full_disk(launcher: Launcher, settings: Settings, jobs: Jobs) -> Crowded:
+    """A worker with an OUTPUT_DIR that is a full disk of its own."""
+    settings.output_dir.mkdir()
+    unshare = "-m" if os.geteuid() == 0 else "-rm"
+    mount = ["unshare", unshare, "sh", "-c", 'mount -t tmpfs -o size=256k none "$0" && exec "$@"', str(settings.output_dir)]
+    try:
+        subprocess.run([*mount, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a disk of the test's own needs unshare(1) and the right to mount, which this machine doesn't give")
+    env = environment(settings, LOG_FILE=settings.output_dir / "log")
+    running = launcher.start("worker", [*mount, sys.executable, "-m", "jobsys", "worker"], env)
+    jobs.wait_for_workers(1)
+    output = Path(f"/proc/{running.pid}/root{settings.output_dir}")
+    ballast = output / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return Crowded(output, ballast.unlink)
+
+
+@pytest.fixture
+def small_files(start_worker: StartWorker, settings: Settings, jobs: Jobs) -> Crowded:
+    """A worker whose kernel refuses to write files of more than 20 kB, as it refuses where a disk or a quota is full."""
+    start_worker(LOG_FILE=settings.output_dir / "log")
+    jobs.wait_for_workers(1)
+    process = psutil.Process(jobs.system.workers()[0].pid)
+    before = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (20_000, before[1]))
+    return Crowded(settings.output_dir, lambda: process.rlimit(psutil.RLIMIT_FSIZE, before))
+
+
+@pytest.mark.parametrize(("place", "reason"), [("full_disk", "No space left on device"), ("small_files", "File too large")])
+def test_a_file_that_finds_no_room_is_written_when_there_is_some(
+    place: str, reason: str, request: pytest.FixtureRequest, jobs: Jobs, system: JobSystem
+) -> None:
+    output, make_room = request.getfixturevalue(place)
+    export = jobs.submit("CSV_EXPORT", max_attempts=1000, data=ROWS)
+    failures = eventually(lambda: system.failures(export)[1:], 20)
+    assert {failure.type for failure in failures} == {"OSError"} and reason in failures[0].message
+    assert not (output / f"{export}.csv").exists()
+    make_room()
+    [job] = jobs.ends([export])
+    data = (output / f"{export}.csv").read_bytes()
+    assert job.status == "COMPLETED" and hashlib.sha256(data).hexdigest() == job.result["sha256"]
+    assert list((output / ".partial").iterdir()) == []
+    [told] = jobs.ends([jobs.submit("TEST_JOB", max_attempts=1, failTimes=1)])
+    eventually(lambda: told.id in (output / "log").read_text())
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_no_file_that_is_not_whole(
+    jobs: Jobs, start_worker: StartWorker, system: JobSystem, settings: Settings
+) -> None:
+    start_worker()
+    jobs.wait_for_workers(1)
+    [before] = system.workers()
+    export = jobs.submit("CSV_EXPORT", data=ROWS * 300)
+    partial, final = settings.output_dir / ".partial", settings.output_dir / f"{export}.csv"
+    eventually(lambda: partial.is_dir() and list(partial.iterdir()), 30, interval=0.002)
+    os.kill(before.pid, signal.SIGKILL)
+    assert not final.exists() and list(partial.iterdir())
+    [job] = jobs.ends([export])
+    assert (job.status, job.attempt) == ("COMPLETED", 2)
+    assert hashlib.sha256(final.read_bytes()).hexdigest() == job.result["sha256"]
+    assert list(partial.iterdir()) == []
