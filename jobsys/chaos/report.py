@@ -13,10 +13,10 @@ from pathlib import Path
 
 import click
 
-from jobsys import db, logs
+from jobsys import logs, migrations
 from jobsys.chaos.faults import FAULTS, Fault
 from jobsys.chaos.ledger import compare
-from jobsys.chaos.stage import JOBS_PER_SECOND, PROCESSES, Load, Stage, wait_until
+from jobsys.chaos.stage import CONNECTIONS, JOBS_PER_SECOND, PROCESSES, Load, Stage, wait_until
 from jobsys.errors import DatabaseUnavailable, SettingsError
 from jobsys.local import Postgres
 from jobsys.settings import Settings
@@ -91,7 +91,7 @@ def main(
             server = Postgres(directory / "server")
             settings = settings.model_copy(update={"database_url": server.start()})
             stack.callback(server.stop)
-            db.migrate(server.url)
+            migrations.migrate(server.url)
         stage = Stage(settings, directory, seed=seed, server=server)
         stack.callback(stage.close)
         if not as_json:
@@ -152,8 +152,9 @@ def _what_is_left(stage: Stage, before: dict[str, int]) -> list[str]:
 
     def settled() -> bool:
         now = stage.facts()
-        # Threads come with the connections that have been watched; processes must be as many again.
-        more = [name for name in now if now[name] > before[name] + (2 if name == "threads" else 0)]
+        # Connections and threads come when they are first needed.
+        allowed = before | {"connections": max(before["connections"], CONNECTIONS), "threads": before["threads"] + 2}
+        more = [name for name in now if now[name] > allowed[name]]
         fewer = ["processes"] if now["processes"] < before["processes"] else []
         wrong[:] = [f"{now[name]} {name} instead of {before[name]}" for name in more + fewer]
         return not wrong

@@ -27,11 +27,13 @@ from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
 PROCESSES = 2
-LOST_AFTER = 3.0
+CONNECTIONS = 5 * PROCESSES + 2
+"""What they may have open at most, as the README says; and two of the submitter's."""
+LOST_AFTER = 5.0
 HURRY = {
     "WORKER_PROCESSES": f"{PROCESSES}",
     "WORKER_THREADS": "4",
-    "WORKER_HEARTBEAT": "500ms",
+    "WORKER_HEARTBEAT": "2s",
     "WORKER_LOST_AFTER": f"{LOST_AFTER}s",
     "POLL_INTERVAL": "200ms",
     "SHUTDOWN_GRACE": "2s",
