@@ -34,6 +34,7 @@ SQL = next(place for place in (Path(__file__).parent / "sql", Path(__file__).par
 
 LONGEST_TRANSACTION = 60.0
 """Seconds after which a transaction of several statements is cut, where connections are watched at all."""
+UNREADABLE = "invalid dsn: DATABASE_URL is not an address such as postgresql://user:password@host:5432/name"
 NEVER_WORTH_REPEATING = (pg_errors.StatementTooComplex, pg_errors.ProgramLimitExceeded)
 
 
@@ -84,7 +85,10 @@ class Database:
             "tcp_user_timeout": 10_000,
         }
         with translated():
-            connection = psycopg2.connect(self.url, **parameters)
+            try:
+                connection = psycopg2.connect(self.url, **parameters)
+            except psycopg2.ProgrammingError:  # whose text quotes the address, with the password in it
+                raise DatabaseUnavailable(UNREADABLE) from None
             connection.autocommit = True
         extras.register_default_jsonb(connection, loads=_read_json)
         return connection

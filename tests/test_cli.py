@@ -177,6 +177,7 @@ def test_whatever_cannot_be_done_is_one_sentence_and_exits_with_1(jobsys: Any) -
         ("WORKER_THREADS: Input should be greater than or equal to 1", ["jobs"], {"WORKER_THREADS": 0}),
         ('JOB_MODULES: there is no module "nope.jobs"', ["types"], {"JOB_MODULES": "nope.jobs"}),
         ("invalid dsn", ["migrate"], {"DATABASE_URL": "nonsense"}),
+        ("invalid dsn", ["migrate"], {"DATABASE_URL": "postgresql//bob:secret@localhost/jobs"}),
     ]:
         said = jobsys(*words, **env)
         assert (said.code, said.out) == (1, ""), said
