@@ -323,6 +323,22 @@ def workers(as_json: bool) -> int:
 
 
 @commands.command()
+@json_option
+def doctor(as_json: bool) -> int:
+    """Say what is wrong with this installation, and the remedy.
+
+    It looks at the database, its settings and sessions, the schema, the workers, what waits and why, this machine's files and its mail
+    server, and changes nothing. Exit status 1 if there is a problem. In a pipe: level, check, finding, remedy, with tabs between.
+    """
+    from jobsys import terminal
+    from jobsys.doctor import examine
+
+    findings = examine(_settings())
+    terminal.print_findings(findings, as_json=as_json)
+    return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+@commands.command()
 @click.argument("url", required=False)
 @click.option("--mail-to", metavar="ADDRESS", default="smoke@example.org", show_default=True, help="Where the mail goes.")
 def smoke(url: str | None, mail_to: str) -> int:

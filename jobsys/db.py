@@ -54,7 +54,7 @@ def load_statements(*files: str) -> dict[str, str]:
     return {name: text.strip().rstrip(";") for name, text in statements.items()}
 
 
-STATEMENTS = load_statements("queue.sql", "jobs.sql")
+STATEMENTS = load_statements("queue.sql", "jobs.sql", "doctor.sql")
 
 
 class Database:

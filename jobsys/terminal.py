@@ -9,6 +9,7 @@ import json
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from jobsys.job_types import JobType, priority_name
 from jobsys.logs import printable
 
 if TYPE_CHECKING:
+    from jobsys.doctor import Finding
     from jobsys.system import Event, Failure, JobRecord, JobSystem, QueueState, WorkerState
 
 Show = Callable[["JobRecord", str], None]
@@ -35,6 +37,7 @@ COLOURS = {
     "DEAD": "magenta",
     "CANCELLED": "bright_black",
 }
+LEVELS = {"ok": ("green", "✓"), "warning": ("yellow", "!"), "problem": ("red", "✗")}
 
 
 def print_accepted(job: JobRecord, *, as_json: bool) -> None:
@@ -200,6 +203,31 @@ def print_workers(workers: Sequence[WorkerState], *, as_json: bool) -> None:
         for worker in workers
     ]
     _print_rows(headings, rows, as_json=as_json, nothing="no workers; start one with: jobsys worker")
+
+
+def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """What the doctor found, the worst last, where the eye is when the command has ended; each remedy on a line of its own, for copying."""
+    if as_json:
+        return _print_json([finding._asdict() for finding in findings])
+    if not sys.stdout.isatty():
+        for finding in findings:
+            click.echo("\t".join(printable(cell) for cell in (finding.level, finding.check, finding.finding, finding.remedy)))
+        return
+    margin = max(len(finding.check) for finding in findings) + 4
+    width = max(40, shutil.get_terminal_size().columns - margin)
+    for finding in sorted(findings, key=lambda finding: list(LEVELS).index(finding.level)):
+        colour, mark = LEVELS[finding.level]
+        lines = textwrap.wrap(printable(finding.finding), width, break_on_hyphens=False)
+        click.echo(
+            f"{click.style(mark, fg=colour)} {click.style(f'{finding.check:<{margin - 2}}', bold=finding.level != 'ok' or None)}{lines[0]}"
+        )
+        for line in lines[1:]:
+            click.echo(f"{'':{margin}}{line}")
+        if finding.remedy:
+            click.echo(f"{'':{margin - 2}}{click.style('→ ' + printable(finding.remedy), fg='cyan')}")
+    levels = [finding.level for finding in findings]
+    numbers = [_count(levels.count(level), level) for level in ("problem", "warning") if level in levels]
+    click.secho(", ".join(numbers) or "all is well", bold=True, fg=LEVELS[max(levels, key=list(LEVELS).index)][0])
 
 
 @contextmanager

@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"system"},
     {"api", "admin_ui"},
     {"app", "worker", "gunicorn_conf", "gunicorn_worker"},
-    {"dev", "arguments", "terminal", "smoke", "cli"},
+    {"dev", "arguments", "terminal", "smoke", "doctor", "cli"},
     {"__main__"},
 ]
 """Imports point from a later layer to an earlier one, or stay within one; those under TYPE_CHECKING and inside functions are free."""
