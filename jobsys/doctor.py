@@ -18,12 +18,13 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import psycopg2
 from psycopg2 import extensions
 
-from jobsys import __version__, db
+from jobsys import __version__, db, job_types
 from jobsys.errors import DatabaseUnavailable, SettingsError
 from jobsys.ids import new_job_id
 from jobsys.settings import Settings
@@ -322,11 +323,11 @@ class Doctor:
         """Who works, are their hearts heard, and are they of one version?"""
         rows = self._ask("heartbeats")
         living = [row for row in rows if row[9]]
-        for id, host, pid, *_, silent, lost_after, alive, running in rows:
+        for _, host, pid, *_, silent, lost_after, alive, running in rows:
             if alive:
                 continue
             heard = "was seen to die" if silent is None else f"has been silent for {span(silent)}, and is lost after {span(lost_after)}"
-            finding = f"worker {host}:{pid} ({id}) {heard}; it has {number_of(running, 'job')}"
+            finding = f"worker {host}:{pid} {heard}; it has {number_of(running, 'job')}"
             remedy = f"look for process {pid} on {host}, and restart jobsys worker there"
             if living:
                 yield warning(finding, f"{remedy}; a living worker gives its jobs back to their queues")
@@ -352,15 +353,16 @@ class Doctor:
         living = [(row[4], row[5]) for row in self._ask("heartbeats") if row[9]]
         slowed = {name for name, *limits in self._ask("queue_settings") if any(limits)}
         pending = self._pending()
-        for queue, seconds in waited.items():
+        for queue, seconds in sorted(waited.items(), key=itemgetter(1), reverse=True):
             types = {type: number for type, number in pending[queue].items() if number > 0}
-            due = number_of(sum(types.values()), "due job") if types else "uncounted due jobs"
+            due = number_of(sum(types.values()), "due job") if types else "jobs that were not counted"
             known = {type for serves, knows in living if queue in serves for type in knows}
             unknown = sorted(set(types) - known)
             if not any(queue in serves for serves, _ in living):
+                of_types = f" ({_some(unknown)})" if unknown else ""
                 yield problem(
-                    f"no living worker serves queue {queue}, where {due} wait ({_some(unknown)}), the oldest for {span(seconds)}",
-                    f"start jobsys worker with the module in JOB_MODULES that declares {_some(unknown)}" if living else "jobsys worker",
+                    f"no living worker serves queue {queue}, where {due}{of_types} wait, the oldest for {span(seconds)}",
+                    _to_serve(unknown) if living else "jobsys worker",
                 )
                 continue
             for type in unknown:
@@ -368,8 +370,7 @@ class Doctor:
                 oldest = f", the oldest for {span(age)}" if age is not None else ""
                 yield problem(
                     f"no living worker of queue {queue} knows the type {type}, of which {number_of(types[type], 'due job')} wait{oldest}",
-                    f"start jobsys worker with the module in JOB_MODULES that declares {type}  "
-                    f"(or look at them: jobsys jobs --status PENDING --type {shlex.quote(type)})",
+                    f"{_to_serve([type])}  (what they are: jobsys jobs --status PENDING --type {shlex.quote(type)})",
                 )
             if seconds > LONG_WAIT and queue not in slowed and not unknown:
                 yield warning(
@@ -496,7 +497,7 @@ class Doctor:
                     yield problem(f"mail server {where} offers no login, and SMTP_USER is set", "SMTP_TLS=starttls, or unset SMTP_USER")
         except (OSError, smtplib.SMTPException) as error:
             yield problem(
-                f"mail server {where} can't be used: {_first_line(error)}",
+                f"mail server {where} can't be used: {getattr(error, 'strerror', None) or _first_line(error)}",
                 f"nc -vz {chosen.smtp_host} {chosen.smtp_port}  (does it listen? do SMTP_PORT and SMTP_TLS={chosen.smtp_tls} fit it?)",
             )
             return
@@ -598,6 +599,13 @@ def _restore(kind: str, name: str, fault: str, table: str, statement: str) -> st
     if kind == "table":
         return "restore it from a backup: jobs, and what happened to them, were in there"
     return f"run its `create {kind} {name}` from {db.SQL} again"
+
+
+def _to_serve(types: list[str]) -> str:
+    """Which workers to start so that jobs of these types run."""
+    ours = job_types.registry.load([]).types
+    others = [type for type in types if type not in ours]
+    return f"start jobsys worker with the module in JOB_MODULES that declares {_some(others)}" if others else "restart jobsys worker"
 
 
 def problem(finding: str, remedy: str) -> Finding:

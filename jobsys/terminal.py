@@ -11,6 +11,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -38,6 +39,10 @@ COLOURS = {
     "CANCELLED": "bright_black",
 }
 LEVELS = {"ok": ("green", "✓"), "warning": ("yellow", "!"), "problem": ("red", "✗")}
+
+
+MANY = 5
+"""So many findings of one check are told at a terminal."""
 
 
 def print_accepted(job: JobRecord, *, as_json: bool) -> None:
@@ -215,7 +220,15 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
         return
     margin = max(len(finding.check) for finding in findings) + 4
     width = max(40, shutil.get_terminal_size().columns - margin)
+    told: Counter[tuple[str, str]] = Counter()
+    alike = Counter((finding.check, finding.level) for finding in findings)
     for finding in sorted(findings, key=lambda finding: list(LEVELS).index(finding.level)):
+        kind = (finding.check, finding.level)
+        told[kind] += 1
+        if told[kind] == MANY + 1:
+            click.echo(f"{'':{margin}}… and {alike[kind] - MANY} more; jobsys doctor --json tells them all")
+        if told[kind] > MANY:
+            continue
         colour, mark = LEVELS[finding.level]
         lines = textwrap.wrap(printable(finding.finding), width, break_on_hyphens=False)
         click.echo(

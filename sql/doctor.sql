@@ -138,10 +138,10 @@ with recursive first as (
 select queue, extract(epoch from clock_timestamp() - min(run_at))::float8 from first group by queue order by queue;
 
 -- name: oldest_of_type
--- For how many seconds the oldest due job of this type has waited, if there is one among the first ten thousand of its queue.
+-- For how many seconds the oldest due job of this type has waited, if there is one among the first thousand of its queue.
 select extract(epoch from clock_timestamp() - min(run_at))::float8
 from (
-    select type, run_at from jobs where status = 'PENDING' and queue = %(queue)s order by priority, run_at, id limit 10000
+    select type, run_at from jobs where status = 'PENDING' and queue = %(queue)s order by priority, run_at, id limit 1000
 ) as first
 where type = %(type)s;
 

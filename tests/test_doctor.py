@@ -116,12 +116,14 @@ def test_a_healthy_installation_gets_a_clean_bill(own_server: Postgres, settings
 
 
 def test_problems_come_last_on_a_terminal_and_the_status_says_so(settings: Settings) -> None:
+    execute(str(settings.database_url), "insert into jobs (type, queue) select 'TEST_JOB', 'queue' || n from generate_series(1, 7) n")
     code, screen = on_a_terminal(settings, "doctor")
     lines = [re.sub(r"\x1b\[\d+m", "", line) for line in screen.splitlines()]
     assert code == 1 and lines[0].startswith("✓ database") and "problem" in lines[-1]
     assert "✗ workers        no worker is running" in lines and lines[lines.index("✗ workers        no worker is running") + 1].endswith(
         "→ jobsys worker"
     )
+    assert sum("no living worker serves" in line for line in lines) == 5 and any("… and 2 more" in line for line in lines)
     assert max(map(len, (line for line in lines if "→" not in line))) <= 100
 
 
@@ -191,7 +193,7 @@ def test_it_costs_little_among_many_jobs(database_url: str) -> None:
         assert touched(connection, "abandoned") < 60
         assert touched(connection, "unprunable", days=30) < 60
         assert touched(connection, "unpruned", days=30) < 150
-        assert touched(connection, "oldest_of_type", queue="default", type="NONE") < table
+        assert touched(connection, "oldest_of_type", queue="default", type="NONE") < table / 2
 
 
 # PostgreSQL
@@ -562,8 +564,7 @@ def test_silent_workers_and_workers_of_different_versions_are_noticed(settings: 
     execute(url, "insert into jobs (type, status, worker, started_at) values ('TEST_JOB', 'PROCESSING', %s, now())", dead)
     silent, none = look(settings, "workers")
     assert (
-        silent.level == "problem"
-        and f"worker web-2:4711 ({dead}) has been silent for 3 min, and is lost after 30 s; it has 1 job" in silent.finding
+        silent.level == "problem" and "worker web-2:4711 has been silent for 3 min, and is lost after 30 s; it has 1 job" in silent.finding
     )
     assert (none.level, none.finding) == ("problem", "no worker is alive")
     register(url)
@@ -586,7 +587,7 @@ def test_jobs_that_no_living_worker_takes_are_problems(settings: Settings) -> No
     execute(url, f"insert into jobs (type, queue, run_at) select 'SHRINK', 'pictures', {due} from generate_series(1, 3)")
     default, pictures = look(settings, "queues")
     assert default.level == pictures.level == "problem" and default.remedy == "jobsys worker"
-    assert pictures.finding == "no living worker serves queue pictures, where 3 due jobs wait (SHRINK), the oldest for 3 h 5 min"
+    assert pictures.finding == "no living worker serves queue pictures, where 3 due jobs (SHRINK) wait, the oldest for 3 h 5 min"
     register(url)
     slow, pictures = look(settings, "queues")
     assert slow.level == "warning" and "queue default has 1 due job, and the oldest has waited for" in slow.finding
