@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import psycopg2
 from psycopg2 import extensions
 
-from jobsys import __version__, db, job_types
+from jobsys import __version__, db, job_types, migrations
 from jobsys.errors import DatabaseUnavailable, SettingsError
 from jobsys.ids import new_job_id
 from jobsys.settings import Settings
@@ -298,7 +298,7 @@ class Doctor:
             yield problem(NOT_MIGRATED, "jobsys migrate")
             return
         applied: dict[int, str] = dict(self._ask("versions_applied"))
-        known = {version: file.stem for version, file in db.migrations()}
+        known = {migration.version: migration.name for migration in migrations.known()}
         if missing := [name for version, name in known.items() if version not in applied]:
             yield problem(f"{number_of(len(missing), 'migration')} not applied: {', '.join(missing)}", "jobsys migrate")
         if newer := [name for version, name in applied.items() if version not in known]:
@@ -323,7 +323,7 @@ class Doctor:
         """Who works, are their hearts heard, and are they of one version?"""
         rows = self._ask("heartbeats")
         living = [row for row in rows if row[9]]
-        for _, host, pid, *_, silent, lost_after, alive, running in rows:
+        for _, host, pid, *_, silent, lost_after, alive, running, _ in rows:
             if alive:
                 continue
             heard = "was seen to die" if silent is None else f"has been silent for {span(silent)}, and is lost after {span(lost_after)}"
@@ -350,7 +350,9 @@ class Doctor:
     def queues(self) -> Findings:
         """Will every due job be started by somebody, and soon?"""
         waited: dict[str, float] = dict(self._ask("due"))
-        living = [(row[4], row[5]) for row in self._ask("heartbeats") if row[9]]
+        alive = [row for row in self._ask("heartbeats") if row[9]]
+        living = [(row[4], row[5]) for row in alive]
+        held_back = {type for row in alive for type in row[11]}
         slowed = {name for name, *limits in self._ask("queue_settings") if any(limits)}
         pending = self._pending()
         for queue, seconds in sorted(waited.items(), key=itemgetter(1), reverse=True):
@@ -372,7 +374,12 @@ class Doctor:
                     f"no living worker of queue {queue} knows the type {type}, of which {number_of(types[type], 'due job')} wait{oldest}",
                     f"{_to_serve([type])}  (what they are: jobsys jobs --status PENDING --type {shlex.quote(type)})",
                 )
-            if seconds > LONG_WAIT and queue not in slowed and not unknown:
+            for type in sorted(held_back & types.keys()):
+                yield warning(
+                    f"{type}, of which {number_of(types[type], 'due job')} wait, is held back: all its last jobs failed the same way",
+                    f"see why: jobsys jobs --type {shlex.quote(type)}; workers try one now and then, and go on when one succeeds",
+                )
+            if seconds > LONG_WAIT and queue not in slowed and not unknown and not held_back & types.keys():
                 yield warning(
                     f"queue {queue} has {due}, and the oldest has waited for {span(seconds)}: the workers don't keep up",
                     "raise WORKER_THREADS or WORKER_PROCESSES, or start jobsys worker on another machine",
@@ -572,10 +579,10 @@ def _objects(versions: set[int] | None = None) -> list[Expected]:
         r"(?: concurrently)?(?: if (?:not )?exists)? (?P<name>\w+)(?P<rest>[^;]*)",
         re.MULTILINE | re.IGNORECASE,
     )
-    for version, file in db.migrations():
-        if versions is not None and version not in versions:
+    for migration in migrations.known():
+        if versions is not None and migration.version not in versions:
             continue
-        for match in verbs.finditer(file.read_text(encoding="utf-8")):
+        for match in verbs.finditer(migration.text):
             verb, kind, name, rest = match["verb"].lower(), match["kind"].lower(), match["name"].lower(), match["rest"]
             if verb.startswith("create"):
                 on = re.search(r"\bon (\w+)", rest) if kind == "trigger" else None

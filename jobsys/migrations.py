@@ -118,7 +118,8 @@ def migrate(url: str, *, say: Callable[[str], None] = lambda line: None) -> list
     return applied
 
 
-def _migrations() -> list[Migration]:
+def known() -> list[Migration]:
+    """Every version of the schema there is, in order. Raises MigrationFailed when two have one number."""
     files = [(1, SQL / "schema.sql"), *((int(file.name.split("_")[0]), file) for file in sorted((SQL / "migrations").glob("[0-9]*_*.sql")))]
     found = [Migration(version, file.stem, file.read_text(encoding="utf-8")) for version, file in files]
     for one, other in itertools.pairwise(found):
@@ -134,12 +135,12 @@ def _plan(cursor: Any) -> Plan:
     if columns:
         cursor.execute(f"select version, name, {'sha256' if 'sha256' in columns else 'null'} from schema_versions order by version")
         recorded = {version: (name, digest) for version, name, digest in cursor.fetchall()}
-    known = {migration.version: migration for migration in _migrations()}
+    files = {migration.version: migration for migration in known()}
     for version, (name, digest) in recorded.items():
-        if version in known and known[version].sha256 != digest:
-            _refuse(name, known[version])
-    pending = [migration for version, migration in known.items() if version not in recorded]
-    unknown = [name for version, (name, _) in recorded.items() if version not in known]
+        if version in files and files[version].sha256 != digest:
+            _refuse(name, files[version])
+    pending = [migration for version, migration in files.items() if version not in recorded]
+    unknown = [name for version, (name, _) in recorded.items() if version not in files]
     if pending and unknown:
         lacking = ", ".join(migration.name for migration in pending)
         raise MigrationFailed(

@@ -117,7 +117,8 @@ select
     case when heartbeat_at > '-infinity' then extract(epoch from clock_timestamp() - heartbeat_at) end::float8,
     extract(epoch from lost_after)::float8,
     heartbeat_at > clock_timestamp() - least(lost_after, heartbeat * 3),
-    (select count(*) from jobs where jobs.status = 'PROCESSING' and jobs.worker = workers.id)
+    (select count(*) from jobs where jobs.status = 'PROCESSING' and jobs.worker = workers.id),
+    held_back
 from workers
 order by started_at, id;
 

@@ -26,7 +26,7 @@ from psycopg2 import extensions, extras
 from test_cli import on_a_terminal
 from test_queue import pile_up, touched
 
-from jobsys import __version__, db, doctor
+from jobsys import __version__, db, doctor, migrations
 from jobsys.doctor import Finding, examine, span
 from jobsys.ids import new_job_id
 from jobsys.local import Postgres
@@ -95,7 +95,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     execute(postgres.url, "alter system set max_prepared_transactions = 2")
     postgres.stop()
     postgres.start()
-    db.migrate(postgres.url)
+    migrations.migrate(postgres.url)
     yield postgres
     postgres.stop()
 
@@ -484,7 +484,7 @@ def test_a_database_without_tables_is_to_be_migrated(settings: Settings, server:
         assert (finding.level, finding.finding, finding.remedy) == ("problem", "the database has no tables of jobsys", "jobsys migrate")
         assert not {"schema", "workers", "queues"} & {finding.check for finding in findings}
         execute(url, "create schema shop")
-        db.migrate(extensions.make_dsn(url, options="-csearch_path=shop"))
+        migrations.migrate(extensions.make_dsn(url, options="-csearch_path=shop"))
         elsewhere, _ = look(settings, "migrations", database_url=url)
         assert elsewhere.remedy == "add to DATABASE_URL: ?options=-csearch_path%3Dshop"
         findings = examine(settings.model_copy(update={"database_url": extensions.make_dsn(url, options="-csearch_path=shop")}))
@@ -494,14 +494,14 @@ def test_a_database_without_tables_is_to_be_migrated(settings: Settings, server:
 
 
 def test_a_migration_too_few_or_too_many_is_noticed(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    newest = max(version for version, _ in db.migrations())
+    newest = max(migration.version for migration in migrations.known())
     shutil.copytree(db.SQL, tmp_path / "sql")
     (tmp_path / "sql" / "migrations").mkdir(exist_ok=True)
     (tmp_path / "sql" / "migrations" / f"{newest + 1:04}_colours.sql").write_text(
         "create table colours (name text);\ncreate index colourful on colours (name);\ndrop index jobs_broken;\n"
         "alter index jobs_grouped\n    rename to jobs_of_a_group;\n"
     )
-    monkeypatch.setattr(db, "SQL", tmp_path / "sql")
+    monkeypatch.setattr(migrations, "SQL", tmp_path / "sql")
     finding = look_at_one(settings, "migrations")
     assert (
         finding.level == "problem"
@@ -509,7 +509,7 @@ def test_a_migration_too_few_or_too_many_is_noticed(settings: Settings, tmp_path
         and finding.remedy == "jobsys migrate"
     )
     assert is_well(settings, "schema")
-    db.migrate(str(settings.database_url))
+    migrations.migrate(str(settings.database_url))
     assert is_well(settings, "migrations") and is_well(settings, "schema")
     execute(str(settings.database_url), "drop index jobs_of_a_group")
     assert look_at_one(settings, "schema").finding == "index jobs_of_a_group is missing"
@@ -600,6 +600,8 @@ def test_jobs_that_no_living_worker_takes_are_problems(settings: Settings) -> No
     execute(url, "update workers set queues = '{default,pictures}', types = '{SHRINK,TEST_JOB}'")
     execute(url, "update jobs set run_at = now()")
     assert is_well(settings, "queues")
+    execute(url, "update workers set held_back = '{SHRINK}'")
+    assert look_at_one(settings, "queues").finding.startswith("SHRINK, of which 3 due jobs wait, is held back")
 
 
 def test_queues_that_are_paused_or_at_their_limit_with_jobs_waiting_are_warnings(settings: Settings, system: JobSystem) -> None:
