@@ -364,8 +364,14 @@ def chaos(faults: tuple[str, ...], seconds: float, seed: int | None, own_server:
     It starts worker processes and submits jobs of its own, in a queue of their own; without --own-server it breaks nothing but these, and
     their connections. Without FAULT it breaks one thing after the other. Exit status 1 when a promise did not hold.
     """
-    from jobsys.chaos import report
+    from jobsys.errors import SettingsError
 
+    try:
+        from jobsys.chaos import report
+    except ModuleNotFoundError as error:
+        if error.name != "psutil":
+            raise
+        raise SettingsError("jobsys chaos needs the package psutil, which is not installed: pip install 'jobsys[local]'") from None
     return report.main(_settings(), faults, seconds=seconds, seed=seed, own_server=own_server, only_list=only_list, as_json=as_json)
 
 

@@ -16,14 +16,14 @@ LAYERS: list[set[str]] = [
     {"migrations"},
     {"job_types", "submissions"},
     {"jobs", "running"},
-    {"outcomes", "middleware", "work_queue"},
+    {"bulkheads", "outcomes", "middleware", "work_queue"},
     {"claims", "settlements"},
     {"chores", "heart", "lookout", "presence"},
     {"broker"},
     {"system"},
     {"api", "admin_ui"},
     {"app", "worker", "gunicorn_conf", "gunicorn_worker"},
-    {"dev", "arguments", "terminal", "smoke", "doctor", "cli"},
+    {"dev", "arguments", "terminal", "smoke", "chaos", "doctor", "cli"},
     {"__main__"},
 ]
 """Imports point from a later layer to an earlier one, or stay within one; those under TYPE_CHECKING and inside functions are free."""

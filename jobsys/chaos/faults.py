@@ -12,6 +12,7 @@ from typing import NamedTuple
 import psutil
 import psycopg2
 
+from jobsys.chaos.jobs import CLOCK
 from jobsys.chaos.stage import LOST_AFTER, Stage, wait_until
 
 
@@ -76,6 +77,26 @@ def everything_killed(stage: Stage, seconds: float) -> int:
         stage.kill_supervisor()
         events += 1
     return events
+
+
+@fault()
+def workers_replaced(stage: Stage, seconds: float) -> int:
+    """The workers are told to end, and others are started, as at every release."""
+    for _ in _moments(stage, seconds, 0.5, 2):
+        stage.stop_workers()
+        stage.start_workers()
+    return 0
+
+
+@fault()
+def clock_moved(stage: Stage, seconds: float) -> int:
+    """The workers' clock is ten minutes ahead, and then right again."""
+    stage.stop_workers()
+    stage.start_workers(**{CLOCK: "600"})
+    time.sleep(seconds)
+    stage.stop_workers()
+    stage.start_workers()
+    return 0
 
 
 @fault(overlaps=True)

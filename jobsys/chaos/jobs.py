@@ -11,6 +11,12 @@ from jobsys import Job, Payload, job
 from jobsys.errors import JobStopped
 
 QUEUE = "jobsys.chaos"
+CLOCK = "JOBSYS_CHAOS_CLOCK"
+"""The variable that says by how many seconds this process's clock is wrong."""
+
+if wrong := float(os.environ.get(CLOCK, "0")):
+    _right = time.time
+    time.time = lambda: _right() + wrong
 
 
 class Step(Payload):
@@ -28,7 +34,7 @@ def step(payload: Step, job: Job) -> int:
     ledger = os.open(payload.ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def note(what: str) -> None:
-        os.write(ledger, f"{what} {payload.number} {job.id} {job.attempt} {os.getpid()} {time.time():.6f}\n".encode())
+        os.write(ledger, f"{what} {payload.number} {job.id} {job.attempt} {os.getpid()} {time.monotonic():.6f}\n".encode())
 
     try:
         note("start")

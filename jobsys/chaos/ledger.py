@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run of a job: from `began` until `ended` (None: its process died under it), and how: end, fail or stop."""
+    """One run of a job: from `began` until `ended` (of time.monotonic; None: its process died under it), and how: end, fail or stop."""
 
     id: str
     attempt: int

@@ -90,12 +90,12 @@ class Stage:
         self.through_proxy = JobSystem(through, pool_size=2)
         self.through_proxy.database.wait = 1.0
 
-    def start_workers(self) -> None:
+    def start_workers(self, **environment: str) -> None:
         """Start a supervisor with its processes; returns when they are known to the database."""
         with self.log.open("ab") as log:
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", "jobsys", "worker"],
-                env=self._environment,
+                env=self._environment | environment,
                 cwd=self._directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -120,6 +120,12 @@ class Stage:
                     found.append(process)
         supervisor = self._supervisor.pid if self._supervisor is not None else None
         return [process for process in found if process.pid != supervisor]
+
+    def stop_workers(self) -> None:
+        """SIGTERM, and wait for the end."""
+        if (supervisor := self.supervisor) is not None and self._supervisor is not None:
+            supervisor.send_signal(signal.SIGTERM)
+            self._supervisor.wait(30)
 
     def kill_supervisor(self) -> None:
         """SIGKILL, and start another when the processes of the old one have ended."""
