@@ -172,13 +172,12 @@ def _apply(database: Database, connection: Any, migration: Migration, say: Calla
                     with nested(connection), connection.cursor() as cursor:
                         cursor.execute(migration.text)
                 return
-            except (pg_errors.LockNotAvailable, pg_errors.DeadlockDetected, pg_errors.QueryCanceled) as error:
-                if watch.gave_up or time.monotonic() > deadline:
+            except (pg_errors.LockNotAvailable, pg_errors.DeadlockDetected) as error:
+                if time.monotonic() > deadline:
                     raise MigrationFailed(watch.verdict()) from error
-                if isinstance(error, pg_errors.QueryCanceled):
-                    raise MigrationFailed(_complaint(migration, error)) from error
             except psycopg2.Error as error:
-                raise MigrationFailed(_complaint(migration, error)) from error
+                complaint = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise MigrationFailed(watch.verdict() if watch.gave_up else f"{migration.name} failed: {complaint}") from error
             time.sleep(LOCK_TIMEOUT * random.uniform(1, 3))  # most of the time belongs to the others
 
 
@@ -193,10 +192,6 @@ def _apply_outside(database: Database, migration: Migration, watch: _Watch) -> N
                     return
                 cursor.execute(f"drop index concurrently if exists {name}")
         cursor.execute(migration.text)
-
-
-def _complaint(migration: Migration, error: Exception) -> str:
-    return f"{migration.name} failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 class _Watch(threading.Thread):
@@ -223,7 +218,7 @@ class _Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        if not self._over.wait(0.5):
+        if not self._over.wait(0.2):
             # What can't be told, because the database is away, is not worth an error of its own.
             with suppress(DatabaseUnavailable), translated():
                 self._look()
@@ -231,7 +226,7 @@ class _Watch(threading.Thread):
     def _look(self) -> None:
         since = time.monotonic()
         with closing(self._database.connect()) as connection, connection.cursor() as cursor:
-            while not self._over.wait(0.25):
+            while not self._over.wait(0.1):
                 cursor.execute(_HOLDER, [_NAME])
                 found = cursor.fetchone()
                 if found is None:

@@ -72,9 +72,9 @@ class Jobs:
         """Wait for the ends of some jobs."""
 
         def all_finished() -> bool:
-            unfinished = "select type, status, payload from jobs where id::text = any(%s) and finished_at is null"
+            unfinished = "select type, status, left(payload::text, 100) from jobs where id::text = any(%s) and finished_at is null"
             left = execute(self.url, unfinished, list(ids))
-            assert left == []
+            assert not left, left
             return True
 
         eventually(all_finished, timeout)

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 
-from jobsys.ids import new_job_id
 from jobsys.running import RunningJob
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
