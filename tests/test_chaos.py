@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import environment, execute
+from conftest import CHECKOUT, environment, execute
+from mutants import MUTANTS, Mutant, broken
 
 from jobsys.chaos.faults import FAULTS
 from jobsys.chaos.ledger import Row, Run, Submitted, Verdict, compare, read
@@ -98,7 +99,7 @@ def test_the_ledger_is_read_as_runs(tmp_path: Path) -> None:
     assert read(ledger) == [ran(ended=None, how=None), Run(JOB, 2, 4712, 3.0, 4.0, "end")]
 
 
-@pytest.mark.parametrize("fault", ["worker-killed", "cut-at-commit"])
+@pytest.mark.parametrize("fault", ["worker-killed", "cut-at-commit", "no-notifications"])
 def test_what_is_safe_breaks_only_its_own_and_leaves_nothing_behind(jobsys: Jobsys, database_url: str, fault: str) -> None:
     execute(database_url, "insert into jobs (type, queue) values ('TEST_JOB', 'default')")
     done = jobsys("chaos", "--seconds", "3", "--json", fault)
@@ -121,3 +122,8 @@ def test_what_can_be_broken_is_listed_and_a_slip_is_answered_with_it(jobsys: Job
     assert slip.returncode == 1 and 'fault "worker-kiled" is not one of worker-killed, ' in slip.stderr
     unsafe = jobsys("chaos", "database-killed")
     assert unsafe.returncode == 1 and "with --own-server only" in unsafe.stderr
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_what_the_mutants_break_is_still_there(mutant: Mutant) -> None:
+    assert broken(mutant, (CHECKOUT / mutant.file).read_text(encoding="utf-8"))

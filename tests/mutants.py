@@ -1,0 +1,195 @@
+"""Are the tests worth anything? Each mutant breaks one line of jobsys, and some test has to notice.
+
+`python -m tests.mutants [NAME…]` tries them one after the other, each in a copy of the checkout, and says which survived; some minutes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    """`old` becomes `new` in `file`; `tests` are pytest's arguments for those that have to notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "finish without the fence",
+        "sql/schema.sql",
+        "where jobs.id = any(array[done.id]) and jobs.claim = done.claim and",
+        "where jobs.id = any(array[done.id]) and",
+        "tests/test_queue.py -k 'lost_its_job or old_claim'",
+    ),
+    Mutant(
+        "finish whatever the status",
+        "sql/schema.sql",
+        "jobs.claim = done.claim and jobs.status::text = 'PROCESSING'",
+        "jobs.claim = done.claim",
+        "tests/test_queue.py -k finishing_twice",
+    ),
+    Mutant(
+        "a restored database may give a claim its old number",
+        "sql/queue.sql",
+        "claim = claim + 1 + (random() * 2147483647)::bigint",
+        "claim = claim + 1",
+        "tests/test_queue.py -k claim",
+    ),
+    Mutant(
+        "attempts are not counted at the claim",
+        "sql/schema.sql",
+        "set status = 'PROCESSING', attempt = attempt + 1,",
+        "set status = 'PROCESSING', attempt = attempt,",
+        "tests/test_queue.py -k 'crash_is_counted or keeps_its_attempt'",
+    ),
+    Mutant(
+        "a released job loses an attempt",
+        "sql/queue.sql",
+        "        attempt = attempt - 1,\n        worker = null\n    from given",
+        "        worker = null\n    from given",
+        "tests/test_queue.py -k keeps_its_attempt",
+    ),
+    Mutant(
+        "rescue without the state in its WHERE",
+        "sql/queue.sql",
+        "    where status = 'PROCESSING' and worker = %(worker)s::uuid\n    order by jobs.id",
+        "    where worker = %(worker)s::uuid\n    order by jobs.id",
+        "tests/test_races.py",
+    ),
+    Mutant(
+        "a worker that was declared lost goes on claiming",
+        "sql/schema.sql",
+        "where exists (select from workers where workers.id = worker_id)",
+        "where true",
+        "tests/test_queue.py -k declared_lost_claims_nothing",
+    ),
+    Mutant(
+        "silence counts right after an outage",
+        "jobsys/chores.py",
+        "silence_counts=time.monotonic() >= self._silence_counts_from",
+        "silence_counts=True",
+        "tests/test_worker.py -k losing_every_database_connection tests/test_queue.py -k after_an_outage",
+    ),
+    Mutant(
+        "no polling while notifications work",
+        "jobsys/claims.py",
+        "nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval",
+        "nap = NAPS[naps] if naps < len(NAPS) else 3600.0",
+        "tests/test_chaos.py -k no-notifications",
+    ),
+    Mutant(
+        "an outcome that can't be written is dropped",
+        "jobsys/settlements.py",
+        "                    self._waiting.extendleft(unwritten)\n",
+        "",
+        "tests/test_settlements.py",
+    ),
+    Mutant(
+        "retry without jitter",
+        "jobsys/middleware.py",
+        "        super().after_process_message(broker, message, result=result, exception=exception)\n\n\nclass DeadLetters",
+        "        super().after_process_message(broker, message, result=result, exception=exception)\n"
+        "        message.retry_delay = message.retry_delay and 2.0 ** int(message.retry_delay).bit_length()\n\n\nclass DeadLetters",
+        "tests/test_retries.py",
+    ),
+    Mutant(
+        "idempotency by looking first",
+        "sql/queue.sql",
+        "on conflict (idempotency_key) where idempotency_key is not null do nothing",
+        "where not exists (select from jobs where jobs.idempotency_key = described.idempotency_key)",
+        "tests/test_races.py -k key",
+    ),
+    Mutant(
+        "pace by each worker's own clock",
+        "jobsys/claims.py",
+        "            if rows and paced:\n",
+        "            time.sleep(0.2 if rows else 0)\n            if rows and paced and not types:\n",
+        "tests/test_worker.py -k paced_queue_keeps_its_pace_over_all",
+    ),
+    Mutant(
+        "the CSV straight to its name",
+        "jobsys/jobs/csv_export.py",
+        '    try:\n        with open(temporary, "xb") as file:',
+        '    with open(path, "wb") as file:\n        yield file\n    return\n    try:\n        with open(temporary, "xb") as file:',
+        "tests/test_csv_export.py -k 'killed or stopped'",
+    ),
+    Mutant(
+        "jobs start before they are due",
+        "sql/queue.sql",
+        "where status = 'SCHEDULED' and run_at <= statement_timestamp()",
+        "where status = 'SCHEDULED' and run_at <= statement_timestamp() + interval '10 seconds'",
+        "tests/test_queue.py -k scheduled tests/test_worker.py -k delayed_job",
+    ),
+    Mutant(
+        "a paused queue goes on",
+        "sql/schema.sql",
+        "(paused or rate_count is not null or max_running is not null)",
+        "(rate_count is not null or max_running is not null)",
+        "tests/test_queue.py -k paused",
+    ),
+    Mutant(
+        "a job that completed itself is finished again",
+        "jobsys/running.py",
+        "        self.completing = True\n",
+        "",
+        "tests/test_complete_in.py -k 'together'",
+    ),
+    Mutant(
+        "a type may take every thread",
+        "jobsys/presence.py",
+        "            rooms=self.bulkheads.rooms,\n",
+        "",
+        "tests/test_worker.py -k hangs_leaves",
+    ),
+]
+
+
+def broken(mutant: Mutant, text: str) -> str:
+    """The file's text with the mutant in it. Raises ValueError when there is no such line, or more than one."""
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} has the line {text.count(mutant.old)} times")
+    return text.replace(mutant.old, mutant.new)
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether no test notices."""
+    with tempfile.TemporaryDirectory(prefix="jobsys-mutant-") as directory:
+        copy = Path(directory) / "checkout"
+        shutil.copytree(
+            CHECKOUT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "var", "output", "__pycache__", ".*_cache")
+        )
+        file = copy / mutant.file
+        file.write_text(broken(mutant, file.read_text(encoding="utf-8")), encoding="utf-8")
+        command = f'"{sys.executable}" -m pytest -x -q -p no:cacheprovider {mutant.tests}'
+        done = subprocess.run(command, shell=True, cwd=copy, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{mutant.name}: pytest did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    """1 when one survived."""
+    survivors = []
+    for mutant in MUTANTS:
+        if not names or mutant.name in names:
+            alive = survives(mutant)
+            survivors += [mutant] if alive else []
+            print(f"{'SURVIVED' if alive else 'caught  '}  {mutant.name} ({mutant.file})", flush=True)
+    print(f"{len(survivors)} survived" if survivors else "all were caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
