@@ -234,15 +234,38 @@ def database_killed(stage: Stage, seconds: float) -> int:
     return _restarted(stage, signal.SIGKILL)
 
 
+@fault(safe=False)
+def database_disk_full(stage: Stage, seconds: float) -> int:
+    """The disk under PostgreSQL is full for a while."""
+    assert stage.server is not None
+    filler = stage.server.data_dir / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+    time.sleep(seconds)
+    filler.unlink()
+    if not wait_until(lambda: stage.query("select 1"), 10):
+        stage.server.start()
+    return 1
+
+
 @fault(overlaps=True)
 def mixed(stage: Stage, seconds: float) -> int:
     """All of the above, a few seconds each, in a random order."""
-    others = [each for each in FAULTS.values() if each.run is not mixed and (each.safe or stage.server is not None)]
+    others = [each for each in possible(stage) if each.run is not mixed]
     events, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
         events += stage.random.choice(others).run(stage, stage.random.uniform(1, 4))
         time.sleep(stage.random.uniform(0, 1))
     return events
+
+
+def possible(stage: Stage) -> list[Fault]:
+    """What can be broken on this stage."""
+    impossible = {name for name, fault in FAULTS.items() if not fault.safe and stage.server is None}
+    if stage.server is not None and not stage.server.data_dir.is_mount():
+        impossible.add("database-disk-full")
+    return [fault for name, fault in FAULTS.items() if name not in impossible]
 
 
 def _restarted(stage: Stage, how: signal.Signals) -> int:
