@@ -280,16 +280,18 @@ def queues(as_json: bool) -> int:
 @click.argument("queue")
 def pause(queue: str) -> int:
     """Start no further job of QUEUE, anywhere."""
-    _system().pause(queue, by="cli")
-    return 0
+    system = _system()
+    system.pause(queue, by="cli")
+    return _tell_queue(system, queue)
 
 
 @commands.command()
 @click.argument("queue")
 def resume(queue: str) -> int:
     """Start jobs of QUEUE again."""
-    _system().resume(queue, by="cli")
-    return 0
+    system = _system()
+    system.resume(queue, by="cli")
+    return _tell_queue(system, queue)
 
 
 @commands.command()
@@ -308,8 +310,9 @@ def limit(queue: str, rate: str | None, max_running: int | None) -> int:
         starts = None if rate is None else parsed(rate)
     except ValueError as error:
         raise SettingsError(f"--rate: {error}") from None
-    _system().limit(queue, rate=starts if starts and starts[0] else None, max_running=max_running)
-    return 0
+    system = _system()
+    system.limit(queue, rate=starts if starts and starts[0] else None, max_running=max_running)
+    return _tell_queue(system, queue)
 
 
 @commands.command()
@@ -391,6 +394,15 @@ def _system() -> JobSystem:
     system = JobSystem(settings)
     click.get_current_context().call_on_close(system.close)
     return system
+
+
+def _tell_queue(system: JobSystem, name: str) -> int:
+    """Say how a queue stands now: a slip in its name, or in its limits, is seen at once."""
+    from jobsys import terminal
+
+    state = next((queue for queue in system.queues() if queue.name == name), None)
+    click.echo(terminal.queue_in_words(name, state))
+    return 0
 
 
 def _each(ids: Iterable[str], act: Callable[[JobSystem, str], str]) -> int:

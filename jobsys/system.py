@@ -363,12 +363,12 @@ class JobSystem:
 
     def pause(self, queue: str, by: str | None = None) -> None:
         """Start no further job of this queue, anywhere. What runs goes on."""
-        self.database.run("pause_queue", queue=queue, paused=True)
+        self.database.run("pause_queue", queue=queue)
         log.info("queue paused", queue=queue, by=by)
 
     def resume(self, queue: str, by: str | None = None) -> None:
         """Undo `pause`."""
-        self.database.run("pause_queue", queue=queue, paused=False)
+        self.database.run("resume_queue", queue=queue)
         self.database.run("wake_queue", queue=queue)
         log.info("queue resumed", queue=queue, by=by)
 

@@ -190,6 +190,18 @@ def print_queues(queues: Sequence[QueueState], *, as_json: bool) -> None:
     _print_rows(headings, rows, as_json=as_json, nothing="no queues yet")
 
 
+def queue_in_words(name: str, state: QueueState | None) -> str:
+    """`queue mail: not paused, 10 starts per 60 s, at most 2 running, 2 workers`."""
+    if state is None:
+        return f"there is no queue {name}: it has no jobs, no limits and no workers"
+    words = ["paused" if state.paused else "not paused"]
+    words.append(f"{state.rate[0]:,} starts per {state.rate[1]:g} s" if state.rate else "any rate")
+    words.append(f"at most {state.max_running:,} running" if state.max_running else "any number running")
+    words.append(f"{state.workers} workers" if state.workers != 1 else "1 worker")
+    stranger = "; it has no jobs either: is the name right?" if not state.workers and not any(state.counts.values()) else ""
+    return f"queue {name}: {', '.join(words)}{stranger}"
+
+
 def print_workers(workers: Sequence[WorkerState], *, as_json: bool) -> None:
     """Each worker process: where it runs, what it serves, when it was last heard of."""
     headings = ("worker", "host", "pid", "state", "running", "threads", "started", "heard of", "queues")

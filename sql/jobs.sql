@@ -105,8 +105,10 @@ select target.status, changed.id is not null from target left join changed using
 delete from jobs where id = %(id)s and status <> 'PROCESSING' returning id::text;
 
 -- name: pause_queue
-insert into queues (name, paused) values (%(queue)s, %(paused)s)
-on conflict (name) do update set paused = excluded.paused;
+insert into queues (name, paused) values (%(queue)s, true) on conflict (name) do update set paused = true;
+
+-- name: resume_queue
+update queues set paused = false where name = %(queue)s;
 
 -- name: wake_queue
 select wake_workers(array[%(queue)s], array[null]::smallint[]);

@@ -346,3 +346,14 @@ def test_own_job_types_are_found_in_the_current_directory(settings: Settings, tm
     command = [sys.executable, tmp_path / "jobsys", "types", "order"]
     done = subprocess.run(command, env=env, cwd=tmp_path / "shop", capture_output=True, text=True)
     assert done.stdout.startswith("ORDER\n  Ship an order to \\u0160koda.\n"), done.stderr
+
+
+def test_a_command_on_a_queue_says_how_the_queue_stands(jobsys: Any) -> None:
+    limited = jobsys("limit", "mail", "--rate", "10/1m", "--max-running", "2")
+    assert (
+        limited.out
+        == "queue mail: not paused, 10 starts per 60 s, at most 2 running, 0 workers; it has no jobs either: is the name right?\n"
+    )
+    assert jobsys("pause", "mail").out.startswith("queue mail: paused, 10 starts per 60 s, ")
+    assert jobsys("limit", "mail").out.startswith("queue mail: paused, any rate, any number running")
+    assert jobsys("resume", "nosuch").out == "there is no queue nosuch: it has no jobs, no limits and no workers\n"
