@@ -6,14 +6,15 @@ into free threads. A more urgent job that comes meanwhile overtakes them: see lo
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from operator import itemgetter
 
-from jobsys import db
+import psycopg2
+
+from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
 from jobsys.job_types import PRIORITIES
 from jobsys.running import RunningJob
@@ -31,6 +32,8 @@ GATHER = 0.008
 """…for which it does not look more often than this, in seconds, and needs no notifications."""
 NAPS = (0.01, 0.05)
 """The first waits after falling asleep, in seconds: a job may have been inserted by somebody who did not see the sleeper yet."""
+UNKNOWN = float("-inf")
+log = logs.get(__name__)
 
 
 class Turns:
@@ -95,8 +98,8 @@ class Claims:
         self._bells: dict[str, threading.Event] = {}
         self._naps: dict[str, int] = {}
         """The queues this process sleeps on, as its row says, and how often it has looked since."""
-        self._busy_above: int | None = None
-        """What this process's row says that it is busy with, and until when that needs no correction downwards."""
+        self._busy_above: float | None = None
+        """What this process's row says that it is busy with, and until when that needs no correction downwards. UNKNOWN: no answer came."""
         self._busy_until = 0.0
         self._found: dict[str, tuple[float, float]] = {}
         self._emptied: dict[str, float] = {}
@@ -330,9 +333,9 @@ class Claims:
             self._be_busy(jobs[len(jobs) // 2].priority)
         brisk = self._briskness(queue_name, len(jobs)) > BRISK
         if brisk and queue_name in self._naps:
-            with contextlib.suppress(DatabaseUnavailable):
-                self._database.run("wake", id=self._worker(), queue=queue_name)
-                self._naps.pop(queue_name, None)
+            # Whether or not it could be said: it may have been. Then this process has to say again that it sleeps, when it does.
+            self._say("wake", queue=queue_name)
+            self._naps.pop(queue_name, None)
         if len(jobs) < room and (brisk or queue_name in self._naps) and queue_name not in self._limited:
             self._emptied[queue_name] = time.monotonic() + (GATHER if brisk else NAPS[0])
 
@@ -362,10 +365,18 @@ class Claims:
         if above == self._busy_above:
             self._busy_until = now + LATEST_START
         elif self._busy_above is None or above > self._busy_above or now > self._busy_until:
-            with contextlib.suppress(DatabaseUnavailable):
-                self._database.run("be_busy", id=self._worker(), above=above)
-                self._busy_above, self._busy_until = above, now + LATEST_START
-                self.overtake.set()  # one may have come before this was known
+            self._busy_above = above if self._say("be_busy", above=above) else UNKNOWN
+            self._busy_until = now + LATEST_START
+            self.overtake.set()  # one may have come before this was known
+
+    def _say(self, statement: str, **parameters: object) -> bool:
+        """Say how this process stands; whether that was answered. Jobs are in hand, which must not be lost over it, whatever is wrong."""
+        try:
+            self._database.run(statement, id=self._worker(), **parameters)
+        except (DatabaseUnavailable, psycopg2.Error) as error:
+            log.warning("how this process stands could not be said", statement=statement, error=str(error).strip())
+            return False
+        return True
 
     def _briskness(self, queue_name: str, found: int) -> float:
         """About how many jobs were found in the last tenth of a second, `found` of them now: each counts half after 70 ms."""
