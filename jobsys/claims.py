@@ -344,17 +344,18 @@ class Claims:
         sleeps; then longer and longer."""
         if not self.work.expected:
             self.above = None
-        if queue_name not in self._naps:
+        asleep = self._naps  # the heart may replace them just now
+        if queue_name not in asleep:
             if self._briskness(queue_name, 0) > BRISK / 4:
                 return GATHER
             self._database.run("sleep", id=self._worker(), queue=queue_name)
-            self._naps[queue_name] = 0
+            asleep[queue_name] = 0
             return 0
-        naps = self._naps.get(queue_name, 0)  # the heart may have cleared them just now
+        naps = asleep[queue_name]
         if naps >= len(NAPS) and self.above is None and self._busy_above is not None:
             self._database.run("be_busy", id=self._worker(), above=None)
             self._busy_above = None
-        self._naps[queue_name] = naps + 1
+        asleep[queue_name] = naps + 1
         nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)
 
@@ -398,9 +399,9 @@ class Claims:
             time.sleep(left)
 
     def forget(self) -> None:
-        """This process is a new worker now: nobody knows what it waits for."""
-        self._naps.clear()
-        self._busy_above = None
+        """This process is a new worker now: nobody knows what it waits for, or only what it has just said."""
+        self._naps = {}
+        self._busy_above = UNKNOWN
         self.wake_all()
 
 

@@ -41,6 +41,7 @@ class Heart(threading.Thread):
         self._database = db.Database(presence.broker.database.url, wait=5, name="jobsys heart")
         self._connection: Any = None
         self._registered = ""
+        self._introduced = ""
         self._stopped = threading.Event()
         self._woken, self._wake = os.pipe()
         self._beat_at = 0.0
@@ -95,9 +96,12 @@ class Heart(threading.Thread):
                 if self._registered == presence.id:
                     presence.come_back()
                 db.run(self._connection, "register_worker", **presence.row())
+            self._registered = presence.id
+            if self._introduced != presence.id:
+                # By itself, because registering may have been done, and its answer lost.
                 db.run(self._connection, "declare_types", **presence.broker.declared_types())
                 presence.claims.forget()
-            self._registered = presence.id
+                self._introduced = presence.id
         self._beat_at = time.monotonic() + presence.settings.worker_heartbeat
         self.first_beat.set()
 
