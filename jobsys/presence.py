@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+import psycopg2
+
 from jobsys import __version__, db, logs
 from jobsys.bulkheads import Bulkheads
 from jobsys.chores import Chores
@@ -256,8 +258,9 @@ class Presence:
             self.suspect = suspect
             try:
                 return bool(self._database.run("run_alone", id=self.id, job=suspect))
-            except DatabaseUnavailable:
-                return False  # the next beat says it
+            except (DatabaseUnavailable, psycopg2.Error) as error:
+                log.warning("what runs alone could not be said; the next beat says it", error=str(error).strip())
+                return False
 
     def _hold(self, rows: list[db.Row]) -> list[RunningJob]:
         jobs = [self.broker.make_running(row, self.id) for row in rows]
