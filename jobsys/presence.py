@@ -74,6 +74,8 @@ class Presence:
             poll_interval=settings.poll_interval,
         )
         self._reporting = threading.Lock()
+        self._untold: list[RunningJob] = []
+        """The jobs of a report that could not be written."""
         self._holding = threading.Lock()
         self.telling = threading.Lock()
         """Held while the database is told what runs alone, so that no older word overtakes a newer one."""
@@ -154,8 +156,10 @@ class Presence:
             self._runs_alone(None)
 
     def report(self, jobs: list[RunningJob]) -> None:
-        """Write the log lines and progress of running jobs. When the database is away, they wait for the next report."""
+        """Write the log lines and progress of running jobs. When the database is away, they wait for the next report, also those of jobs
+        that end meanwhile."""
         with self._reporting:
+            jobs, self._untold = [*{*jobs, *self._untold}], []
             lines, latest = [], []
             for job in jobs:
                 taken, job.job.unreported = job.job.unreported, []
@@ -172,6 +176,7 @@ class Presence:
                     job.job.unreported.insert(0, (at, kind, text))
                 for job, progress in latest:
                     job.job.latest = job.job.latest or progress
+                self._untold = [job for job in jobs if job.job.unreported or job.job.latest]
             except Exception:
                 log.exception("a report of running jobs could not be stored")
 
@@ -220,6 +225,7 @@ class Presence:
             if job.outcome is None:
                 self.settle(job, release(job))
         self._writer.stop()
+        self.report([])
         try:
             self.settlements.write()
             self._database.run("unregister_worker", id=self.id)
