@@ -146,13 +146,16 @@ class Settlements:
     def _write_as_failure(self, outcome: Outcome, error: Exception) -> None:
         """The outcome itself can't be stored (a result jsonb refuses, a value out of range): that is the failure to keep."""
         log.error("outcome can't be stored", job_id=outcome.job.message_id, error=str(error))
-        outcome.job.followups = []
+        followups, outcome.job.followups = outcome.job.followups, []
         try:
             self._write_together([unstorable(outcome.job, error)])
         except UNSTORABLE:
             log.exception("neither the outcome nor its failure can be stored", job_id=outcome.job.message_id)
             outcome.job.settled = True
             self._lost(outcome)
+        except BaseException:
+            outcome.job.followups = followups  # the outcome will be tried again, and may be storable then
+            raise
 
 
 class Writer(threading.Thread):

@@ -160,3 +160,24 @@ def test_whatever_goes_wrong_while_writing_no_outcome_is_dropped(
     execute(database_url, "alter table jobs rename column outcome to result")
     settlements.write()
     assert system.job(job.message_id).status == "COMPLETED"
+
+
+def test_what_follows_a_job_is_kept_while_neither_its_end_nor_a_failure_can_be_stored(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], database_url: str
+) -> None:
+    job = running()
+    job.followups = [next_job()]
+    for status, condition in (("COMPLETED", "data_exception"), ("FAILED", "lock_not_available")):
+        execute(database_url, f"create function {status}() returns trigger language plpgsql as $$ begin raise {condition}; end $$")
+        execute(
+            database_url,
+            f"create trigger {status} before update on jobs for each row when (new.status = '{status}') execute function {status}()",
+        )
+    with pytest.raises(DatabaseUnavailable):
+        settlements.add(finish(job))
+        settlements.write()
+    for status in ("COMPLETED", "FAILED"):
+        execute(database_url, f"drop trigger {status} on jobs")
+    settlements.write()
+    assert system.job(job.message_id).status == "COMPLETED"
+    assert system.job(job.followups[0].id).status == "PENDING"
