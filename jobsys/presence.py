@@ -150,6 +150,8 @@ class Presence:
         if job.job.unreported or job.job.latest:
             self.report([job])
         self.work.expected.discard(job)
+        if outcome.statement in ("retry", "bury") and not job.job.completing:
+            self._count_failure(outcome)
         self.settlements.add(outcome)
         self.running.discard(job)
         if self.suspect == job.message_id:
@@ -237,18 +239,10 @@ class Presence:
         if self.bulkheads.succeeded(job):
             log.info("a type is held back no longer, a job of it succeeded", type=job.actor_name)
 
-    def _note_failure(self, outcome: Outcome) -> None:
-        """Say so, and hold a type back while all its jobs fail alike. What is the job's own fault says nothing of the others."""
-        job, values = outcome.job, outcome.parameters
-        log.warning(
-            "attempt failed",
-            job_id=job.message_id,
-            type=job.actor_name,
-            attempt=job.attempt,
-            error=f"{values['type']}: {values['message']}",
-            then=f"retry in {values['delay']:.1f} s" if outcome.statement == "retry" else values["status"],
-        )
-        if not outcome.final and (pause := self.bulkheads.failed(job, values["fingerprint"])):
+    def _count_failure(self, outcome: Outcome) -> None:
+        """Hold a type back while all its jobs fail alike. What is the job's own fault says nothing of the others."""
+        job = outcome.job
+        if not outcome.final and (pause := self.bulkheads.failed(job, outcome.parameters["fingerprint"])):
             log.warning("a type is held back, its jobs all fail the same way", type=job.actor_name, next_trial_in=f"{pause:g} s")
             self._give_back(lambda other: other.actor_name == job.actor_name)
 
@@ -281,7 +275,9 @@ class Presence:
         if outcome.statement == "finish":
             self._note_success(outcome.job)
         elif outcome.statement in ("retry", "bury"):
-            self._note_failure(outcome)
+            _log_failure(outcome)
+            if outcome.job.job.completing:
+                self._count_failure(outcome)
         self._forget(outcome.job)
 
     def _outcome_was_lost(self, outcome: Outcome) -> None:
@@ -302,13 +298,26 @@ class Presence:
         self.claims.ended(job)
 
 
+def _log_failure(outcome: Outcome) -> None:
+    job, values = outcome.job, outcome.parameters
+    log.warning(
+        "attempt failed",
+        job_id=job.message_id,
+        type=job.actor_name,
+        attempt=job.attempt,
+        error=f"{values['type']}: {values['message']}",
+        then=f"retry in {values['delay']:.1f} s" if outcome.statement == "retry" else values["status"],
+    )
+
+
 def _report(lines: list[Any], latest: list[Any]) -> dict[str, list[Any]]:
+    now = time.monotonic()
     return {
         "id": [job.message_id for job, _ in latest],
         "claim": [job.claim for job, _ in latest],
         "progress": [encode({**progress, "message": plain_text(progress["message"], 500)}) for _, progress in latest],
         "job_id": [job.message_id for job, *_ in lines],
-        "at": [at for _, at, _, _ in lines],
+        "ago": [now - at for _, at, _, _ in lines],  # by the database's clock, not by this machine's
         "kind": [kind for _, _, kind, _ in lines],
         "attempt": [job.attempt for job, *_ in lines],
         "message": [plain_text(text, 5_000) for *_, text in lines],

@@ -47,10 +47,12 @@ class RunningJob(MessageProxy):
             self.claim,
             self.max_attempts,
             run_at,
-            self.message_timestamp,
+            age,
             crashes,
             self.queue_name,
         ) = row
+        # As if it had been sent at that moment of this machine's clock, which Dramatiq's AgeLimit compares it with.
+        self.message_timestamp = int(time.time() * 1000) - age
         self.worker = worker
         self.suspect = crashes > 0 and crashes + 1 >= max_crashes
         self.claimed_at = time.monotonic()
@@ -152,9 +154,9 @@ class LiveJob(Job):
         """Add a line to the job's timeline."""
         self._logged += 1
         if self._logged < MOST_LINES:
-            self.unreported.append((time.time(), "log", str(line)))
+            self.unreported.append((time.monotonic(), "log", str(line)))
         elif self._logged == MOST_LINES:
-            self.unreported.append((time.time(), "log", f"no more than {MOST_LINES:,} lines of an attempt are kept"))
+            self.unreported.append((time.monotonic(), "log", f"no more than {MOST_LINES:,} lines of an attempt are kept"))
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Say how far the job is: `fraction` from 0 to 1, and a few words. Raises ValueError outside that range."""

@@ -31,7 +31,7 @@ copy jobs (id, type, queue, priority, payload, options, max_attempts, group_id) 
 -- name: claim
 -- From free queues: schema.sql says what it promises.
 select id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
-    (date_part('epoch', created_at) * 1000)::bigint, crashes, queue
+    (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue
 from claim_jobs(
     %(worker)s::uuid, %(types)s, %(queues)s, %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[], %(n)s
 );
@@ -78,7 +78,7 @@ where id = any(array(
     for update skip locked
 ))
 returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
-    (date_part('epoch', created_at) * 1000)::bigint, crashes, queue;
+    (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue;
 
 -- name: spend_start
 -- The next start of a paced queue is one spacing after the one just claimed.
@@ -200,9 +200,9 @@ with running as (
     update jobs set progress = running.progress from running where jobs.id = running.id
 )
 insert into events (job_id, at, kind, attempt, message)
-select line.job_id, to_timestamp(line.at), line.kind, line.attempt, line.message
-from unnest(%(job_id)s::uuid[], %(at)s::float8[], %(kind)s::text[], %(attempt)s::integer[], %(message)s::text[])
-    as line(job_id, at, kind, attempt, message)
+select line.job_id, clock_timestamp() - line.ago * interval '1 second', line.kind, line.attempt, line.message
+from unnest(%(job_id)s::uuid[], %(ago)s::float8[], %(kind)s::text[], %(attempt)s::integer[], %(message)s::text[])
+    as line(job_id, ago, kind, attempt, message)
 where exists (select from jobs where jobs.id = line.job_id);
 
 -- name: unheld

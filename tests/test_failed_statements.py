@@ -151,13 +151,15 @@ def plants(server: str, template: str, tmp_path_factory: pytest.TempPathFactory)
         name = f"{template}_{number}"
         execute(server, f'create database "{name}" template "{template}"')
         plants.append(Plant(tmp_path_factory.mktemp("plant"), at_database(server, name)))
-    with ThreadPoolExecutor(len(plants)) as threads:
-        list(threads.map(Plant.start, plants))
-    yield plants
-    with ThreadPoolExecutor(len(plants)) as threads:
-        closing = [threads.submit(plant.close) for plant in plants]
-    for number in range(PLANTS):
-        execute(server, f'drop database "{template}_{number}" with (force)')
+    try:
+        with ThreadPoolExecutor(PLANTS) as threads:
+            list(threads.map(Plant.start, plants))
+        yield plants
+    finally:
+        with ThreadPoolExecutor(PLANTS) as threads:
+            closing = [threads.submit(plant.close) for plant in plants]
+        for number in range(PLANTS):
+            execute(server, f'drop database "{template}_{number}" with (force)')
     for each in closing:
         each.result()
 

@@ -502,3 +502,13 @@ def test_nothing_is_left_in_memory_or_in_the_database_when_a_worker_has_left(
         "select count(*) from pg_stat_activity where datname = current_database() and application_name ~ '^jobsys (worker|heart|chores)'"
     )
     eventually(lambda: execute(database_url, sessions) == [(0,)])
+
+
+def test_the_clock_of_a_workers_machine_does_not_matter(system: JobSystem, start_worker: StartWorker, tmp_path: Path) -> None:
+    (tmp_path / "hurried.py").write_text("import time\nright = time.time\ntime.time = lambda: right() + 600\n")
+    start_worker(JOB_MODULES="hurried,example_types")
+    soon = system.submit("TEST_JOB", {"progressSteps": 1}, delay=1.0)
+    done = until(system, soon, "COMPLETED")
+    [told] = [event for event in system.events(done.id) if event.kind == "log"]
+    assert done.started_at is not None and done.finished_at is not None
+    assert done.run_at <= done.started_at <= told.at <= done.finished_at
