@@ -382,8 +382,10 @@ with page as (
     order by id
     limit 1000
 ), gone as (
+    -- Both times: the second is asked again of a job that an operator put back into the queue just now.
     delete from jobs
     where id = any(array(select id from page where finished_at < clock_timestamp() - %(days)s * interval '1 day'))
+        and finished_at < clock_timestamp() - %(days)s * interval '1 day'
     returning id
 )
 select (select max(id::text) from page), (select count(*) from page), (select count(*) from gone);
