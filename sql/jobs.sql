@@ -44,13 +44,14 @@ select at, kind, attempt, by, message from events where job_id = %(id)s order by
 
 -- name: cancel
 -- A waiting job is cancelled at once, a running one is asked to stop; its worker is told through the channel.
+-- Who was asked twice, to stop and to be removed, is removed.
 with target as (
     select id, status from jobs where id = %(id)s for update
 ), changed as (
     update jobs
     set status = case when jobs.status = 'PROCESSING' then jobs.status else 'CANCELLED' end::job_status,
         finished_at = case when jobs.status = 'PROCESSING' then null else clock_timestamp() end,
-        stop_requested = case when jobs.status = 'PROCESSING' then coalesce(jobs.stop_requested, %(stop)s::stop_request) else jobs.stop_requested end
+        stop_requested = case when jobs.status = 'PROCESSING' then greatest(jobs.stop_requested, %(stop)s::stop_request) else jobs.stop_requested end
     from target
     where jobs.id = target.id and jobs.status in ('SCHEDULED', 'PENDING', 'PROCESSING')
     returning jobs.id, jobs.status, jobs.attempt

@@ -251,10 +251,14 @@ def test_a_job_asked_to_stop_is_cancelled_whatever_way_it_ends(system: JobSystem
     assert system.job(job.id).status == "CANCELLED"
 
 
-def test_a_running_job_that_is_removed_goes_when_it_has_stopped(system: JobSystem, worker: Worker, database_url: str) -> None:
+@pytest.mark.parametrize("verbs", [["remove"], ["cancel", "remove"], ["remove", "cancel"]])
+def test_a_running_job_that_is_removed_goes_when_it_has_stopped(
+    system: JobSystem, worker: Worker, database_url: str, verbs: list[str]
+) -> None:
     job = system.submit("TEST_JOB")
     [mine] = worker.claim()
-    assert system.remove(job.id) is False
+    for verb in verbs:
+        assert not getattr(system, verb)(job.id) or verb == "cancel"
     system.database.run("remove_stopped")
     assert system.job(job.id).status == "PROCESSING"
     worker.release(mine)
