@@ -142,6 +142,11 @@ def claims_limited(it: Rivals, run: Callable[..., Any]) -> Any:
     return run("claim_limited", worker=it.other.id, types=["TEST_JOB"], queue="default", n=1)
 
 
+def takes_over(it: Rivals, run: Callable[..., Any]) -> Any:
+    """Rescues the job and claims it again."""
+    return rescues(it, run) and claims(it, run)
+
+
 def promotes(it: Rivals, run: Callable[..., Any]) -> Any:
     return run("promote")
 
@@ -185,6 +190,9 @@ RACES = [
     Race("running", rescues, releases, WAITS, ROLLS_BACK, True, ("PENDING", 0, 0)),
     Race("running", rescues, rescues, PASSES, COMMITS, False, BACK, failures=1),
     Race("running", rescues, rescues, PASSES, ROLLS_BACK, False, RUNS),
+    # A job that runs again, elsewhere, is no longer whose it was.
+    *(Race("running", takes_over, late, WAITS, COMMITS, False, ("PROCESSING", 2, 1), failures=1) for late in (finishes, fails, releases)),
+    Race("running", takes_over, finishes, WAITS, ROLLS_BACK, True, DONE),
     # A running job is only asked to stop: who finishes after that has finished, who gives up has been cancelled.
     Race("running", finishes, cancels, WAITS, COMMITS, False, DONE),
     Race("running", finishes, cancels, WAITS, ROLLS_BACK, True, RUNS, ("stop requested",)),

@@ -28,7 +28,13 @@ class TestJob(Payload):
     give_up: bool = Field(False, alias="giveUp", description="Fail in a way that is final, whatever failTimes says.")
 
 
-@job("TEST_JOB", time_limit="70m", aliases=["testJob", "test"], example={"sleepMs": 100, "progressSteps": 4, "note": "comes back"})
+@job(
+    "TEST_JOB",
+    time_limit="70m",
+    trip_after=0,
+    aliases=["testJob", "test"],
+    example={"sleepMs": 100, "progressSteps": 4, "note": "comes back"},
+)
 def run_test(payload: TestJob, job: Job) -> dict[str, Any]:
     """Echo the payload, after sleeping, reporting progress and failing as it says."""
     steps = max(payload.progress_steps, 1)
