@@ -17,12 +17,14 @@ from jobsys.chaos.stage import LOST_AFTER, Stage, wait_until
 
 
 class Fault(NamedTuple):
-    """`safe`: it touches nothing but processes and connections of its own. `overlaps`: a worker that was declared lost may still run."""
+    """`safe`: it touches nothing but processes and connections of its own. `overlaps`: a worker that was declared lost may still run.
+    `times`: so many times as long as asked for."""
 
     name: str
     run: Callable[[Stage, float], int]
     safe: bool
     overlaps: bool
+    times: float
 
     @property
     def summary(self) -> str:
@@ -33,12 +35,14 @@ class Fault(NamedTuple):
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(*, safe: bool = True, overlaps: bool = False) -> Callable[[Callable[[Stage, float], int]], Callable[[Stage, float], int]]:
+def fault(
+    *, safe: bool = True, overlaps: bool = False, times: float = 1
+) -> Callable[[Callable[[Stage, float], int]], Callable[[Stage, float], int]]:
     """Register a fault under its function's name."""
 
     def register(function: Callable[[Stage, float], int]) -> Callable[[Stage, float], int]:
         name = function.__name__.replace("_", "-")
-        FAULTS[name] = Fault(name, function, safe, overlaps)
+        FAULTS[name] = Fault(name, function, safe, overlaps, times)
         return function
 
     return register
@@ -249,7 +253,7 @@ def database_disk_full(stage: Stage, seconds: float) -> int:
     return 1
 
 
-@fault(overlaps=True)
+@fault(overlaps=True, times=30)
 def mixed(stage: Stage, seconds: float) -> int:
     """All of the above, a few seconds each, in a random order."""
     others = [each for each in possible(stage) if each.run is not mixed]

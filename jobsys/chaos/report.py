@@ -54,7 +54,7 @@ def trial(stage: Stage, fault: Fault, seconds: float) -> Result:
     try:
         rate = load.rate(WARM_UP)
         before = stage.facts()
-        result.events = fault.run(stage, seconds)
+        result.events = fault.run(stage, seconds * fault.times)
         result.recovered = _recovery(load, rate)
         load.stop()
         wait_until(lambda: load.unfinished() == 0, SETTLING)
