@@ -16,12 +16,15 @@ from jobsys.chaos.jobs import CLOCK
 from jobsys.chaos.stage import LOST_AFTER, Stage, wait_until
 
 
+Act = Callable[["Stage", float], int]
+
+
 class Fault(NamedTuple):
     """`safe`: it touches nothing but processes and connections of its own. `overlaps`: a worker that was declared lost may still run.
     `times`: so many times as long as asked for."""
 
     name: str
-    run: Callable[[Stage, float], int]
+    run: Act
     safe: bool
     overlaps: bool
     times: float
@@ -35,12 +38,10 @@ class Fault(NamedTuple):
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(
-    *, safe: bool = True, overlaps: bool = False, times: float = 1
-) -> Callable[[Callable[[Stage, float], int]], Callable[[Stage, float], int]]:
+def fault(*, safe: bool = True, overlaps: bool = False, times: float = 1) -> Callable[[Act], Act]:
     """Register a fault under its function's name."""
 
-    def register(function: Callable[[Stage, float], int]) -> Callable[[Stage, float], int]:
+    def register(function: Act) -> Act:
         name = function.__name__.replace("_", "-")
         FAULTS[name] = Fault(name, function, safe, overlaps, times)
         return function
