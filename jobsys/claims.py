@@ -244,7 +244,7 @@ class Claims:
         jobs: list[RunningJob] = []
         while not self.closed:
             rooms = self._rooms()
-            n = min([room - len(jobs), *(rooms[name] for name in self._crowds if rooms.get(name, 0) > 0)])
+            n = min([room - len(jobs), *(rooms[name] for name in list(self._crowds) if rooms.get(name, 0) > 0)])
             rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0])
             fitting = self._make(rows)
             self.work.expected.update(fitting)

@@ -15,7 +15,6 @@ import psycopg2
 from jobsys.chaos.jobs import CLOCK
 from jobsys.chaos.stage import LOST_AFTER, Stage, wait_until
 
-
 Act = Callable[["Stage", float], int]
 
 
