@@ -105,10 +105,10 @@ def processes_of(directory: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             traces = [*process.cmdline(), *process.environ().values(), process.cwd()]
+            if any(str(directory) in trace for trace in traces) and process.pid != os.getpid():
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
         except psutil.Error:
-            traces = []
-        if any(str(directory) in trace for trace in traces) and process.pid != os.getpid():
-            found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+            continue
     return [process for process in found.values() if is_alive(process)]
 
 

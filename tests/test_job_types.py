@@ -106,7 +106,7 @@ def test_a_type_is_found_by_its_name_and_aliases_whatever_their_case(name: str, 
 
 @pytest.mark.parametrize("name", ["", "NOPE", "__class__", "jobsys.jobs.email", "os.system", "EMAIL_SEND "])
 def test_an_unknown_type_is_refused_and_the_known_ones_are_named(name: str) -> None:
-    with pytest.raises(UnknownJobType, match=r"is not one of .*CSV_EXPORT, EMAIL_SEND, .*TEST_JOB") as refusal:
+    with pytest.raises(UnknownJobType, match=r"is not one of .*CSV_EXPORT, .*EMAIL_SEND, .*TEST_JOB") as refusal:
         registry.find(name)
     assert refusal.value.errors[0]["loc"] == ["type"]
 

@@ -7,3 +7,7 @@ stage.py    worker processes and a stream of jobs
 faults.py   what is broken, each for some seconds
 report.py   what came of it
 """
+
+QUEUE = "jobsys.chaos"
+CLOCK = "JOBSYS_CHAOS_CLOCK"
+"""The variable that says by how many seconds a worker process's clock is to be wrong."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import psutil
 import psycopg2
 
-from jobsys.chaos.jobs import CLOCK
+from jobsys.chaos import CLOCK
 from jobsys.chaos.stage import LOST_AFTER, Stage, wait_until
 
 Act = Callable[["Stage", float], int]

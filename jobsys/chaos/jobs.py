@@ -8,11 +8,8 @@ import time
 from pydantic import Field
 
 from jobsys import Job, Payload, job
+from jobsys.chaos import CLOCK, QUEUE
 from jobsys.errors import JobStopped
-
-QUEUE = "jobsys.chaos"
-CLOCK = "JOBSYS_CHAOS_CLOCK"
-"""The variable that says by how many seconds this process's clock is wrong."""
 
 if wrong := float(os.environ.get(CLOCK, "0")):
     _right = time.time

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from jobsys import db
-from jobsys.chaos.jobs import QUEUE
+from jobsys.chaos import QUEUE
 from jobsys.chaos.ledger import ENDS, Row, Run, Submitted, read
 from jobsys.chaos.proxy import Proxy
 from jobsys.errors import DatabaseUnavailable
