@@ -205,9 +205,9 @@ class JobsBroker(PostgresBroker):
             self.presence.leave()
         self.database.close()
 
-    def declared_types(self) -> dict[str, list[Any]]:
-        """What every actor declares, as the parameters of the statement `declare_types`."""
-        actors = list(self.actors.values())
+    def declared_types(self, queues: Collection[str]) -> dict[str, list[Any]]:
+        """What the actors of these queues declare, as the parameters of the statement `declare_types`."""
+        actors = [actor for actor in self.actors.values() if actor.queue_name in queues]
         retries = [actor.options.get("max_retries", self.settings.max_retries) for actor in actors]
         types = [self.job_types.get(actor.actor_name) for actor in actors]
         return {

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from jobsys.job_types import TRIP_AFTER, JobType
+from jobsys.job_types import JobType
 from jobsys.running import RunningJob
 
 SHORTEST_PAUSE = 1.0
@@ -69,21 +69,23 @@ class Bulkheads:
     def failed(self, job: RunningJob, fingerprint: str) -> float:
         """An attempt failed; for how many seconds the type is held back from now on, 0 if it isn't."""
         job_type = self._job_types.get(job.actor_name)
-        trip_after = TRIP_AFTER if job_type is None else job_type.trip_after
+        trip_after = 0 if job_type is None else job_type.trip_after
+        if not trip_after:
+            return 0.0
         with self._lock:
             streak = self._streaks.get(job.actor_name)
             if streak is None or (streak.fingerprint != fingerprint and not streak.pause):
                 streak = self._streaks[job.actor_name] = Streak(fingerprint)
             if len(streak.jobs) < trip_after:
                 streak.jobs.add(job.message_id)
-            if not trip_after or len(streak.jobs) < trip_after or time.monotonic() < streak.trial_at:
+            if len(streak.jobs) < trip_after or time.monotonic() < streak.trial_at:
                 return 0.0
             streak.pause = min(streak.pause * 2 or SHORTEST_PAUSE, LONGEST_PAUSE)
             streak.trial_at = time.monotonic() + streak.pause
             return streak.pause
 
     def succeeded(self, job: RunningJob) -> bool:
-        """An attempt went well; whether its type was held back until now."""
+        """An attempt went well, or gave up: what its type depends on has answered. Whether the type was held back until now."""
         if job.actor_name not in self._streaks:
             return False
         with self._lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from operator import itemgetter
 
 import psycopg2
@@ -89,8 +89,11 @@ class Claims:
         self._worker = worker
         self._types = types
         self._rooms = rooms
-        self._crowds: set[str] = set()
-        """The types of which more wait than this process may take: see bulkheads.py."""
+        self._bounded: Collection[str] = ()
+        """The types of which this process may not take any number: see bulkheads.py."""
+        self._crowds: dict[tuple[str, str], int] = {}
+        """(queue, type) of which more wait than this process may take, and how many claims have brought none since."""
+        self._full_before: dict[str, frozenset[str]] = {}
         self._make = make
         self._backlog = backlog
         self._poll_interval = poll_interval
@@ -120,7 +123,7 @@ class Claims:
 
     def ended(self, job: RunningJob) -> None:
         """A job has ended, and that is written: should its queue or its type have been full, it is no longer."""
-        if (job.queue_name in self._limited or job.actor_name in self._crowds) and (bell := self._bells.get(job.queue_name)):
+        if (job.queue_name in self._limited or job.actor_name in self._bounded) and (bell := self._bells.get(job.queue_name)):
             bell.set()
 
     def wake_all(self) -> None:
@@ -225,45 +228,65 @@ class Claims:
         return self._claim_limited(queue_name, deadline) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
 
     def _claim_freely(self, queue_name: str, room: int) -> list[RunningJob]:
-        """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), and whenever
-        fewer came than were asked for. So dead index entries, which an old snapshot keeps, are walked over rarely and not at each claim."""
+        """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), whenever fewer came
+        than were asked for, and when a type that was full has room again. So dead index entries, which an old snapshot keeps, and the
+        backlog of a full type are walked over rarely and not at each claim."""
         now = time.monotonic()
-        from_start = now >= self._look_from_start_at.get(queue_name, 0.0)
+        full = self._full()
+        from_start = now >= self._look_from_start_at.get(queue_name, 0.0) or full != self._full_before.get(queue_name, full)
+        self._full_before[queue_name] = full
         if from_start:
             self._places[queue_name] = {}
         jobs, all_found = self._claim_fitting([(queue_name, priority) for priority in self._known_priorities(queue_name, now)], room)
-        if not all_found:
+        if not all_found and not full:
             self._look_from_start_at[queue_name] = 0.0
         elif from_start:
             self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
         return jobs
 
+    def _full(self) -> frozenset[str]:
+        """The types of which this process may take no more now."""
+        return frozenset(name for name, room in self._rooms().items() if room == 0)
+
     def _claim_fitting(self, looks: list[tuple[str, int]], room: int) -> tuple[list[RunningJob], bool]:
         """Claim what this process may take; and whether there were as many as asked for. By one statement, unless a type that crowds has
         some room left: then first that many jobs of any type, in their order, and the rest without the types that are full by then."""
+        queues = {queue_name for queue_name, _ in looks}
         jobs: list[RunningJob] = []
         while not self.closed:
             rooms = self._rooms()
-            n = min([room - len(jobs), *(rooms[name] for name in list(self._crowds) if rooms.get(name, 0) > 0)])
-            rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0])
+            self._bounded = rooms.keys()
+            crowds = [rooms[name] << misses for (queue, name), misses in list(self._crowds.items()) if queue in queues and rooms.get(name)]
+            n = min([room - len(jobs), *crowds])
+            try:
+                rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0])
+            except (DatabaseUnavailable, psycopg2.Error) as error:
+                if not jobs:
+                    raise
+                log.warning("a claim failed; what others brought is done first", jobs=len(jobs), error=str(error).strip())
+                return jobs, False
             fitting = self._make(rows)
             self.work.expected.update(fitting)
             jobs += fitting
-            self._note_crowds(rooms, rows)
+            self._note_crowds(queues, rooms, rows)
             if len(rows) < n:
                 return jobs, False
             if len(jobs) >= room or not fitting:
                 break
         return jobs, True
 
-    def _note_crowds(self, rooms: dict[str, int], rows: list[db.Row]) -> None:
-        """A type crowds when a claim brought as many as there was room for, and until one brings none though there was room."""
-        came = Counter(row[1] for row in rows) if rooms else {}
-        for name, room in rooms.items():
-            if came.get(name, 0) >= room:
-                self._crowds.add(name)
-            elif not came.get(name):
-                self._crowds.discard(name)
+    def _note_crowds(self, queues: set[str], rooms: dict[str, int], rows: list[db.Row]) -> None:
+        """A type crowds in a queue when a claim brought as many as there was room for. Each claim that then brings none may be followed by
+        one twice as large, until it doesn't matter any more."""
+        came = Counter((row[11], row[1]) for row in rows) if rooms else Counter()
+        for queue in queues:
+            for name in (name for name, room in rooms.items() if room > 0):
+                if came[queue, name] >= rooms[name]:
+                    self._crowds[queue, name] = 0
+                elif not came[queue, name] and (queue, name) in self._crowds:
+                    self._crowds[queue, name] += 1
+                    if rooms[name] << self._crowds[queue, name] >= LARGEST_CLAIM:
+                        del self._crowds[queue, name]
 
     def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
         """Claim from some queues and priorities, each from where the last claim of it ended."""
@@ -297,6 +320,7 @@ class Claims:
         pace of the starts. When a start is allowed and no thread is free, it waits for one, with the turn in its hands: else the other
         queues' jobs would take every thread that comes free. Also says how long to wait for the next allowed start."""
         rooms = self._rooms()
+        self._bounded = rooms.keys()
         types = [name for name in self._types() if rooms.get(name, 1) > 0]
         gate = self._database.run("look_at_gate", queue=queue_name, types=types)
         if not gate or gate[0][0] > 0:
@@ -324,7 +348,6 @@ class Claims:
                 db.run(connection, "spend_start", queue=queue_name)
         jobs = self._make(rows)
         self.work.expected.update(jobs)
-        self._note_crowds(rooms, rows)
         return jobs, None
 
     def _note_work(self, queue_name: str, jobs: list[RunningJob], room: int) -> None:

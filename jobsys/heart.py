@@ -99,7 +99,7 @@ class Heart(threading.Thread):
             self._registered = presence.id
             if self._introduced != presence.id:
                 # By itself, because registering may have been done, and its answer lost.
-                db.run(self._connection, "declare_types", **presence.broker.declared_types())
+                db.run(self._connection, "declare_types", **presence.broker.declared_types(presence.served))
                 presence.claims.forget()
                 self._introduced = presence.id
         self._beat_at = time.monotonic() + presence.settings.worker_heartbeat

@@ -28,9 +28,6 @@ PRIORITIES = {"high": -10, "default": 0, "low": 10}
 MAX_ERRORS = 50
 """How many wrong fields of one payload are named."""
 
-TRIP_AFTER = 20
-"""After so many different jobs in a row that failed the same way a type is held back, unless it says otherwise."""
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -106,7 +103,7 @@ class JobType:
     """Seconds one attempt may run."""
     max_share: float = 1.0
     """The share of a process's threads that may run this type at once; at least one may."""
-    trip_after: int = TRIP_AFTER
+    trip_after: int = 0
     """0: never held back."""
     aliases: tuple[str, ...] = ()
     example: dict[str, Any] = field(default_factory=dict)
@@ -185,7 +182,7 @@ def job(
     max_retries: int | None = None,
     time_limit: str | float = "10m",
     max_share: float = 1.0,
-    trip_after: int = TRIP_AFTER,
+    trip_after: int = 0,
     aliases: Iterable[str] = (),
     example: dict[str, Any] | None = None,
 ) -> Callable[[F], F]:
@@ -193,9 +190,11 @@ def job(
 
     `time_limit` is for one attempt, in seconds or as `500ms`, `5s`, `2m`. `priority` is the one a job gets when its submitter
     names none. An exception is retried up to `max_retries` times with growing pauses; GiveUp is final. `max_share` is the share of a worker
-    process's threads that this type may take, for a type that depends on something that may hang. When `trip_after` different jobs in a row
-    failed the same way, a process holds the type back, and tries one job of it now and then until one succeeds (0: it never does).
-    The decorated function stays an ordinary function. Raises TypeError or ValueError when the declaration can't work.
+    process's threads that this type may take, for a type that depends on something that may hang. `trip_after` is for one that depends on
+    something that may be away: when so many different jobs in a row failed the same way, a process holds the type back, and tries one
+    job of it now and then until one succeeds, or gives up. The decorated function stays an ordinary function.
+
+    Raises TypeError or ValueError when the declaration can't work.
     """
 
     def declare(function: F) -> F:

@@ -47,7 +47,7 @@ class Presence:
         self.id = new_job_id()
         self.threads = threads
         self.queues = queues
-        """The queues this process serves; None: all that are declared."""
+        """The queues this process was told to serve; None: all that are declared."""
         self.serves = False
         """Whether threads of Dramatiq's take jobs from `work`; else somebody iterates over a consumer."""
         self.work = WorkQueue(threads)
@@ -98,16 +98,20 @@ class Presence:
         """Without any of these the process is no worker."""
         return [self._heart, self._chores, self._lookout, self._writer]
 
+    @property
+    def served(self) -> Collection[str]:
+        """The queues this process serves."""
+        return self.broker.get_declared_queues() if self.queues is None else self.queues
+
     def row(self) -> dict[str, Any]:
         """What the row in `workers` says of this process."""
-        queues = self.broker.get_declared_queues() if self.queues is None else self.queues
         return {
             "id": self.id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": __version__,
-            "queues": sorted(queues),
-            "types": sorted(name for name, actor in self.broker.actors.items() if actor.queue_name in queues),
+            "queues": sorted(self.served),
+            "types": sorted(name for name, actor in self.broker.actors.items() if actor.queue_name in self.served),
             "threads": self.threads,
             "heartbeat": self.settings.worker_heartbeat,
             "lost_after": self.settings.worker_lost_after,
@@ -229,7 +233,7 @@ class Presence:
         self._writer.stop()
         self.report([])
         try:
-            self.settlements.write()
+            self.settlements.write_all(LAST_WORDS)
             self._database.run("unregister_worker", id=self.id)
         except DatabaseUnavailable as error:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
@@ -242,7 +246,9 @@ class Presence:
     def _count_failure(self, outcome: Outcome) -> None:
         """Hold a type back while all its jobs fail alike. What is the job's own fault says nothing of the others."""
         job = outcome.job
-        if not outcome.final and (pause := self.bulkheads.failed(job, outcome.parameters["fingerprint"])):
+        if outcome.final:
+            self._note_success(job)
+        elif pause := self.bulkheads.failed(job, outcome.parameters["fingerprint"]):
             log.warning("a type is held back, its jobs all fail the same way", type=job.actor_name, next_trial_in=f"{pause:g} s")
             self._give_back(lambda other: other.actor_name == job.actor_name)
 
@@ -287,7 +293,7 @@ class Presence:
         elif outcome.parameters.get("type") in (None, NotCommitted.__name__):
             self._note_success(job)
         else:
-            log.warning("a job raised after it had completed", job_id=job.message_id, error=outcome.parameters["message"])
+            log.warning("a job raised after complete_in, and was over by then", job_id=job.message_id, error=outcome.parameters["message"])
         self._forget(job)
 
     def _forget(self, job: RunningJob) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import psycopg2
 from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
+from psycopg2 import errors as pg_errors
 
 from jobsys import db
 from jobsys.errors import InvalidSubmission, JobStopped
@@ -17,6 +18,7 @@ from jobsys.interrupt import Interruptible
 from jobsys.job_types import Job, JobType, encode
 
 MOST_LINES = 10_000
+ELSEWHERE = "complete_in needs a connection to the database, and the schema, where the jobs are"
 _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 
 
@@ -147,6 +149,7 @@ class LiveJob(Job):
         self.completing = False
         """Whether the job has completed in a transaction of its own, should that have committed."""
         self._claim = running.claim
+        self._followed = not running.options.keys().isdisjoint(("pipe_target", "on_success", "on_failure"))
         self.unreported: list[tuple[float, str, str]] = []
         self._logged = 0
 
@@ -165,23 +168,53 @@ class LiveJob(Job):
 
     def complete_in(self, connection: Any, result: Any = None) -> None:
         """See Job."""
+        if self._followed:
+            raise ValueError("a job with a pipeline or callbacks can't complete in a transaction of its own: nothing would follow")
         try:
             stored = None if result is None else encode(result)
         except InvalidSubmission as error:
             raise TypeError(f"the result {error}") from None
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute("savepoint jobsys; release savepoint jobsys")  # there are none outside a transaction
-        except psycopg2.errors.NoActiveSqlTransaction:
-            raise ValueError("complete_in needs a connection inside a transaction: without one nothing would commit together") from None
-        if not db.run(connection, "finish", id=[self.id], claim=[self._claim], result=[stored]):
-            [(again,)] = db.run(connection, "completed", id=self.id, claim=self._claim) or [(False,)]
-            if again:
-                raise ValueError("complete_in was called before in this transaction")
-            raise JobStopped("lost")
+        with connection.cursor(cursor_factory=psycopg2.extensions.cursor) as cursor:
+            _check_transaction(cursor)
+            try:
+                if not _finish(cursor, id=[self.id], claim=[self._claim], result=[stored]):
+                    cursor.execute(db.STATEMENTS["completed"], {"id": self.id, "claim": self._claim})
+                    raise _why_not(cursor.fetchone())
+            except pg_errors.UndefinedFunction:
+                raise ValueError(ELSEWHERE) from None
         self.completing = True
 
     def checkpoint(self) -> None:
         """Raise JobStopped when the job has to stop. A shutdown lets it go on until its grace is used up."""
         if self.stop_reason is not None and (self.stop_reason != "shutdown" or self.must_end):
             raise JobStopped(self.stop_reason)
+
+
+def _check_transaction(cursor: Any) -> None:
+    try:
+        cursor.execute("savepoint jobsys; release savepoint jobsys; show transaction_isolation")  # there are no savepoints outside
+    except pg_errors.NoActiveSqlTransaction:
+        raise ValueError("complete_in needs a connection inside a transaction: without one nothing would commit together") from None
+    level = cursor.fetchone()[0]
+    if level != "read committed":
+        raise ValueError(f"complete_in needs a transaction of isolation level read committed, not {level}: the job's row changes meanwhile")
+
+
+def _finish(cursor: Any, **parameters: Any) -> bool:
+    """Whether the job was finished. The row may be in use for a moment, by a report of its progress or an operator."""
+    deadline = time.monotonic() + 10
+    while True:
+        cursor.execute("savepoint jobsys")
+        try:
+            cursor.execute(db.STATEMENTS["finish"], parameters)
+            return cursor.fetchone() is not None
+        except pg_errors.LockNotAvailable:
+            if time.monotonic() > deadline:
+                raise
+            cursor.execute("rollback to savepoint jobsys")
+
+
+def _why_not(row: tuple[bool] | None) -> BaseException:
+    if row is None:
+        return ValueError(ELSEWHERE)
+    return ValueError("complete_in was called before in this transaction") if row[0] else JobStopped("lost")

@@ -78,12 +78,13 @@ class Settlements:
         is kept, and the next `write` tries again on a fresh connection."""
         while True:
             with self._lock:
-                if self._locked and time.monotonic() >= self._try_locked_at:
-                    self._waiting.extend(self._locked)
-                    self._locked.clear()
-                if self._in_flight or not self._waiting:
+                if self._in_flight:
                     return
                 group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_GROUP))]
+                if not group and time.monotonic() >= self._try_locked_at:
+                    group, self._locked = self._locked[:LARGEST_GROUP], self._locked[LARGEST_GROUP:]
+                if not group:
+                    return
                 self._in_flight = len(group)
             try:
                 self._write_group(group)
@@ -100,26 +101,46 @@ class Settlements:
                 self._in_flight = 0
                 self._wrote()
 
+    def write_all(self, patience: float) -> None:
+        """Write all there is, and wait up to `patience` seconds for jobs that somebody has locked. Raises DatabaseUnavailable."""
+        deadline = time.monotonic() + patience
+        self.write()
+        while self._locked and time.monotonic() < deadline:
+            time.sleep(0.05)
+            self._try_locked_at = 0.0
+            self.write()
+
     def _write_group(self, group: list[Outcome]) -> None:
         try:
             self._write_together(group)
         except UNSTORABLE as error:
-            if len(group) > 1:
-                # One of them can't be stored. The others can.
-                for outcome in group:
-                    self._write_group([outcome])
-            else:
-                self._write_as_failure(group[0], error)
+            self._write_each(group, error)
         except DatabaseUnavailable as error:
             if not isinstance(error.__cause__, psycopg2.errors.LockNotAvailable):
                 raise
-            if len(group) > 1:
-                for outcome in group:
-                    self._write_group([outcome])
-            else:
-                # Somebody's transaction has the job (perhaps the job's own, see complete_in): no other waits for it.
-                self._locked += group
-                self._try_locked_at = time.monotonic() + RETRY
+            self._write_what_is_free(group)
+
+    def _write_each(self, group: list[Outcome], error: Exception) -> None:
+        """One of them can't be stored. The others can."""
+        if len(group) == 1:
+            self._write_as_failure(group[0], error)
+        else:
+            for outcome in group:
+                self._write_group([outcome])
+
+    def _write_what_is_free(self, group: list[Outcome]) -> None:
+        """Somebody's transaction has some of the jobs (perhaps the job's own, see complete_in): no other waits for these."""
+        try:
+            with self._database.transaction(lock_timeout="100ms") as connection:
+                ids = [outcome.job.message_id for outcome in group]
+                taken = {id for id, free in db.run(connection, "free", id=ids) if not free}
+                free = [outcome for outcome in group if outcome.job.message_id not in taken]
+                written = self._write_on(connection, free)
+        except UNSTORABLE as error:
+            return self._write_each(group, error)
+        self._note_written(free, written)
+        self._locked += [outcome for outcome in group if outcome.job.message_id in taken]
+        self._try_locked_at = time.monotonic() + RETRY
 
     def _write_together(self, group: list[Outcome]) -> None:
         if len({outcome.job.message_id for outcome in group}) < len(group):
@@ -127,18 +148,26 @@ class Settlements:
             for outcome in group:
                 self._write_together([outcome])
             return
+        only_finished = all(outcome.statement == "finish" and not outcome.job.followups for outcome in group)
+        # `finish` bounds its wait for locks itself.
+        with self._database.connection() if only_finished else self._database.transaction(lock_timeout="100ms") as connection:
+            written = self._write_on(connection, group)
+        self._note_written(group, written)
+
+    def _write_on(self, connection: Any, group: list[Outcome]) -> set[str]:
+        """Write some outcomes, and what follows from them; the ids of the jobs whose were written."""
         by_statement: defaultdict[str, list[Outcome]] = defaultdict(list)
         for outcome in group:
             by_statement[outcome.statement].append(outcome)
-        only_finished = by_statement.keys() == {"finish"} and not any(outcome.job.followups for outcome in group)
-        # `finish` bounds its wait for locks itself.
-        with self._database.connection() if only_finished else self._database.transaction(lock_timeout="100ms") as connection:
-            written = {
-                row[0] for statement in sorted(by_statement) for row in db.run(connection, statement, **_columns(by_statement[statement]))
-            }
-            followups = [job for outcome in group if outcome.job.message_id in written for job in outcome.job.followups]
-            if followups:
-                insert(connection, followups)
+        written = {
+            row[0] for statement in sorted(by_statement) for row in db.run(connection, statement, **_columns(by_statement[statement]))
+        }
+        followups = [job for outcome in group if outcome.job.message_id in written for job in outcome.job.followups]
+        if followups:
+            insert(connection, followups)
+        return written
+
+    def _note_written(self, group: list[Outcome], written: set[str]) -> None:
         for outcome in group:
             outcome.job.settled = True
             (self._written if outcome.job.message_id in written else self._lost)(outcome)

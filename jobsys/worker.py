@@ -149,9 +149,10 @@ class Child:
         self._started_at = self._listened_at = time.monotonic()
 
     def silence(self) -> float:
-        """For how many seconds the process has said nothing any more. While this one is stopped itself, no time passes for the other."""
+        """For how many seconds the process has said nothing any more. While this one is stopped itself, no time passes for the other; nor
+        while the other one is, by a debugger, say."""
         now = time.monotonic()
-        self._silent += min(now - self._listened_at, SIGN_OF_LIFE)
+        self._silent += 0.0 if _is_stopped(self.pid) else min(now - self._listened_at, SIGN_OF_LIFE)
         self._listened_at = now
         with contextlib.suppress(OSError):
             if self._line is not None and self._line.recv(4096):
@@ -264,6 +265,13 @@ def _check(worker: dramatiq.Worker, presence: Presence) -> Callable[[], str | No
     return check
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether somebody stopped that process, as far as Linux tells."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as stat:
+        return stat.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return False
+
+
 def _forget_signals() -> None:
     """In the child of a fork: it ends when it is told to, like any process, and is no worker."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -287,10 +295,13 @@ def _prepared(system: JobSystem) -> bool:
 
 
 def limit_ingestion(system: JobSystem) -> None:
-    """Give the ingestion queue the pace of INGEST_RATE. The setting is the truth at every start of a worker."""
+    """Give the ingestion queue the pace of INGEST_RATE. The setting is the truth at every start of a worker that serves it."""
     count, period = system.settings.ingest_rate
     queue = system.types.find("INGEST_BATCH").queue
-    system.limit(queue, rate=(count, period) if count else None)
+    if not system.settings.worker_queues or queue in system.settings.worker_queues:
+        system.limit(queue, rate=(count, period) if count else None)
+    else:
+        system.database.run("limited_queues")
 
 
 def _watch(lifeline: int, end: Any) -> None:

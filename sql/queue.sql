@@ -107,9 +107,16 @@ select name from queues where paused or rate_count is not null or max_running is
 -- name: finish
 select finish_jobs(%(id)s::uuid[], %(claim)s::bigint[], %(result)s::jsonb[])::text;
 
+-- name: free
+-- Which of these jobs are there, and which of them has nobody locked? Those are locked now.
+with free as (
+    select id from jobs where id = any(%(id)s::uuid[]) for update skip locked
+)
+select jobs.id::text, free.id is not null from jobs left join free using (id) where jobs.id = any(%(id)s::uuid[]);
+
 -- name: completed
--- Has this attempt completed?
-select status = 'COMPLETED' from jobs where id = %(id)s and claim = %(claim)s;
+-- Is the job there, and has this attempt completed?
+select status = 'COMPLETED' and claim = %(claim)s from jobs where id = %(id)s;
 
 -- name: retry
 -- A failed attempt that will be followed by another after `delay` seconds; unless somebody asked for a stop meanwhile.

@@ -102,12 +102,20 @@ def test_the_ledger_is_read_as_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["worker-killed", "cut-at-commit", "no-notifications"])
 def test_what_is_safe_breaks_only_its_own_and_leaves_nothing_behind(jobsys: Jobsys, database_url: str, fault: str) -> None:
     execute(database_url, "insert into jobs (type, queue) values ('TEST_JOB', 'default')")
+    execute(database_url, "insert into queues (name, rate_count, rate_period) values ('ingestion', 7, '1 minute')")
+    execute(database_url, "insert into job_types values ('TEST_JOB', 'default', 0, 99)")
+    old = "'016f5e66-e800-7000-8000-000000000000', 'TEST_JOB', 'COMPLETED', '2020-01-01', '2020-01-01'"
+    execute(database_url, f"insert into jobs (id, type, status, created_at, finished_at) values ({old})")
     done = jobsys("chaos", "--seconds", "3", "--json", fault)
     assert done.returncode == 0, done.stdout + done.stderr
     [result] = json.loads(done.stdout)["results"]
     assert result["accepted"] > 100 and result["wrong"] == {}
-    assert execute(database_url, "select type, status::text from jobs") == [("TEST_JOB", "PENDING")]
+    assert execute(database_url, "select type, status::text from jobs order by id") == [("TEST_JOB", "COMPLETED"), ("TEST_JOB", "PENDING")]
     assert execute(database_url, "select count(*) from workers") == [(0,)]
+    assert execute(database_url, "select name, rate_count from queues") == [("ingestion", 7)]
+    assert execute(database_url, "select name, max_attempts from job_types") == [("TEST_JOB", 99)]
+    counted = "select distinct queue from (select queue from tallies union all select queue from tally_log) as counted"
+    assert execute(database_url, counted) == [("default",)]
 
 
 def test_a_database_of_its_own_is_killed_and_no_job_is_lost(jobsys: Jobsys) -> None:

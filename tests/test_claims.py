@@ -11,6 +11,7 @@ from test_queue import Worker
 
 from jobsys import db
 from jobsys.claims import Claims
+from jobsys.errors import DatabaseUnavailable
 from jobsys.running import RunningJob
 from jobsys.system import JobSystem, Submission
 from jobsys.work_queue import WorkQueue
@@ -126,3 +127,50 @@ def test_only_jobs_that_end_right_now_set_a_pace(system: JobSystem, claims: Clai
     claims.work.finished, claims.work.busy_seconds, claims.work.finished_at = 10_000, 0.1, time.monotonic() - ago
     taken = len(claims.take("default", 0.1))
     assert taken > THREADS if crowd else taken == THREADS
+
+
+@pytest.fixture
+def bounded(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`claims` may take four more TEST_JOBs, whatever it takes. The sizes of its claims."""
+    asked: list[int] = []
+    claim_at = claims._claim_at
+
+    def recorded(looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
+        asked.append(room)
+        return claim_at(looks, room, types)
+
+    monkeypatch.setattr(claims, "_rooms", lambda: {"TEST_JOB": 4})
+    monkeypatch.setattr(claims, "_claim_at", recorded)
+    return asked
+
+
+def test_a_type_that_crowds_is_claimed_as_it_has_room_also_when_other_queues_are_looked_at(
+    system: JobSystem, claims: Claims, bounded: list[int]
+) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(3 * THREADS))
+    system.submit("INGEST_BATCH", {"ids": [1]})
+    claims.take("default", 1)
+    claims.work.expected.clear()
+    claims.take("ingestion", 1)
+    claims.work.expected.clear()
+    bounded.clear()
+    claims.take("default", 1)
+    assert bounded[0] == 4
+
+
+def test_what_a_claim_brought_is_not_forgotten_when_the_next_one_fails(
+    system: JobSystem, claims: Claims, bounded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(3 * THREADS))
+    claims.take("default", 1)
+    claims.work.expected.clear()
+    bounded.clear()
+    claim_at = claims._claim_at
+
+    def fail_at_the_second(looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
+        if bounded:
+            raise DatabaseUnavailable("cut")
+        return claim_at(looks, room, types)
+
+    monkeypatch.setattr(claims, "_claim_at", fail_at_the_second)
+    assert len(claims.take("default", 1)) == 4

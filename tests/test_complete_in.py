@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
 from conftest import Running, eventually, execute
+from psycopg2.extras import RealDictCursor
 from test_queue import Worker
 from test_worker import _importable, lines, settings, until  # noqa: F401
 
@@ -63,7 +66,7 @@ def test_the_jobs_writes_and_its_completion_happen_together_or_not_at_all(
     if status == "COMPLETED":
         assert job.result == {"attempt": 1} and job.error is None
     if how == "raise after":
-        eventually(lambda: "a job raised after it had completed" in worker.output)
+        eventually(lambda: "a job raised after complete_in" in worker.output)
     if how == "roll back":
         assert job.error is not None and job.error["type"] == "NotCommitted"
 
@@ -88,17 +91,67 @@ def test_a_worker_that_is_frozen_between_completion_and_commit_still_completes_i
     assert len(lines(ledger, "start")) == 1 and execute(database_url, "select count(*) from transfers") == [(1,)]
 
 
-def test_whoever_lost_the_job_meanwhile_cannot_complete_it(system: JobSystem, database_url: str) -> None:
-    worker = Worker(system.database)
-    system.submit("TEST_JOB")
-    [(id, claim)] = worker.claim()
-    row = (id, "TEST_JOB", 0, "{}", "{}", 1, claim, 4, "", 0, 0, "default")
-    lost = RunningJob(row, worker=worker.id, job_type=None, max_crashes=3)
-    worker.rescue(worker)
-    with psycopg2.connect(database_url) as connection, pytest.raises(JobStopped, match="lost"):
+@pytest.fixture
+def claimed(system: JobSystem) -> Callable[..., RunningJob]:
+    """`claimed(options="{}")`: a job in the hands of a worker."""
+
+    def claim(options: str = "{}") -> RunningJob:
+        worker = Worker(system.database)
+        system.submit("TEST_JOB")
+        [(id, number)] = worker.claim()
+        row = (id, "TEST_JOB", 0, "{}", options, 1, number, 4, "", 0, 0, "default")
+        return RunningJob(row, worker=worker.id, job_type=None, max_crashes=3)
+
+    return claim
+
+
+@pytest.fixture
+def connection(database_url: str) -> Iterator[Any]:
+    with contextlib.closing(psycopg2.connect(database_url, cursor_factory=RealDictCursor)) as connection:
+        yield connection
+
+
+def test_whoever_lost_the_job_meanwhile_cannot_complete_it(system: JobSystem, claimed: Callable[..., RunningJob], connection: Any) -> None:
+    lost = claimed()
+    system.database.run("rescue", worker=lost.worker, max_crashes=3, message="gone")
+    with pytest.raises(JobStopped, match="lost"):
         lost.job.complete_in(connection)
-    connection.close()
-    assert system.job(id).status == "PENDING" and not lost.job.completing
+    connection.rollback()
+    assert system.job(lost.message_id).status == "PENDING" and not lost.job.completing
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        ("set transaction isolation level repeatable read", "read committed, not repeatable read"),
+        ("set local search_path to nowhere", "the database, and the schema, where the jobs are"),
+        ("alter table jobs rename to others; create table jobs (like others)", "the database, and the schema, where the jobs are"),
+    ],
+)
+def test_a_transaction_that_will_not_do_is_refused_with_what_would(
+    claimed: Callable[..., RunningJob], connection: Any, prepare: str, said: str
+) -> None:
+    job = claimed()
+    connection.cursor().execute(prepare)
+    with pytest.raises(ValueError, match=said):
+        job.job.complete_in(connection)
+    assert not job.job.completing
+
+
+def test_a_job_that_others_follow_cannot_complete_by_itself(claimed: Callable[..., RunningJob], connection: Any) -> None:
+    with pytest.raises(ValueError, match="nothing would follow"):
+        claimed('{"pipe_target": {}}').job.complete_in(connection)
+
+
+def test_it_waits_while_somebody_looks_at_the_job(
+    system: JobSystem, claimed: Callable[..., RunningJob], connection: Any, database_url: str
+) -> None:
+    job, holder = claimed(), psycopg2.connect(database_url)
+    holder.cursor().execute("select from jobs where id = %s for update", [job.message_id])
+    threading.Timer(0.5, holder.close).start()
+    job.job.complete_in(connection, {"rows": 1})
+    connection.commit()
+    assert system.job(job.message_id).result == {"rows": 1}
 
 
 def test_a_transaction_that_a_job_leaves_open_holds_up_no_other_outcome(
@@ -121,11 +174,6 @@ def test_outside_of_a_worker_the_result_is_kept_on_the_job() -> None:
     assert job.result == {"rows": 3}
 
 
-def test_a_result_that_is_no_json_is_refused_before_anything_is_written(system: JobSystem, database_url: str) -> None:
-    worker = Worker(system.database)
-    system.submit("TEST_JOB")
-    [(id, claim)] = worker.claim()
-    job: Any = RunningJob((id, "TEST_JOB", 0, "{}", "{}", 1, claim, 4, "", 0, 0, "default"), worker=worker.id, job_type=None, max_crashes=3)
-    with psycopg2.connect(database_url) as connection, pytest.raises(TypeError, match="the result"):
-        job.job.complete_in(connection, {1, object()})
-    connection.close()
+def test_a_result_that_is_no_json_is_refused_before_anything_is_written(claimed: Callable[..., RunningJob], connection: Any) -> None:
+    with pytest.raises(TypeError, match="the result"):
+        claimed().job.complete_in(connection, {1, object()})

@@ -323,7 +323,7 @@ class Machine(RuleBasedStateMachine):
     def report(self, claims: list[int]) -> None:
         made = self.some(claims)
         ids, numbers = [job.id for job, _ in made], [claim for _, claim in made]
-        lines = {"job_id": ids, "at": [0.0] * len(ids), "kind": ["log"] * len(ids), "attempt": [1] * len(ids)}
+        lines = {"job_id": ids, "ago": [0.0] * len(ids), "kind": ["log"] * len(ids), "attempt": [1] * len(ids)}
         self.run("report", id=ids, claim=numbers, progress=[str(self.clock)] * len(ids), message=["hello"] * len(ids), **lines)
         for job, claim in made:
             if (job.status, job.claim) == ("PROCESSING", claim):

@@ -372,7 +372,7 @@ def several(system: JobSystem, rivals: Rivals) -> list[tuple[str, int]]:
 def reports(several: list[tuple[str, int]]) -> Act:
     """Says something of these jobs, in this order."""
     ids, claims = (list(column) for column in zip(*several, strict=True))
-    lines = {"job_id": ids, "at": [0.0] * 3, "kind": ["log"] * 3, "attempt": [1] * 3, "message": ["hello"] * 3}
+    lines = {"job_id": ids, "ago": [0.0] * 3, "kind": ["log"] * 3, "attempt": [1] * 3, "message": ["hello"] * 3}
     return lambda it, run: run("report", id=ids, claim=claims, progress=["{}"] * 3, **lines)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import psycopg2
 import pytest
 from conftest import execute
 from test_queue import Worker
@@ -181,3 +183,22 @@ def test_what_follows_a_job_is_kept_while_neither_its_end_nor_a_failure_can_be_s
     settlements.write()
     assert system.job(job.message_id).status == "COMPLETED"
     assert system.job(job.followups[0].id).status == "PENDING"
+
+
+def test_a_job_that_somebody_has_locked_delays_no_other_and_is_written_when_it_is_free(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [running() for _ in range(20)]
+    statements: list[str] = []
+    run = db.run
+    monkeypatch.setattr(db, "run", lambda connection, name, /, **values: (statements.append(name), run(connection, name, **values))[1])
+    holder = psycopg2.connect(database_url)
+    holder.cursor().execute("select from jobs where id = %s for update", [jobs[7].message_id])
+    for job in jobs:
+        settlements.add(finish(job))
+    settlements.write()
+    assert statements == ["finish", "free", "finish"] and len(settlements) == 1
+    assert [system.job(job.message_id).status for job in jobs].count("COMPLETED") == 19
+    threading.Timer(0.5, holder.close).start()
+    settlements.write_all(10)
+    assert len(settlements) == 0 and system.job(jobs[7].message_id).status == "COMPLETED"

@@ -9,5 +9,7 @@ report.py   what came of it
 """
 
 QUEUE = "jobsys.chaos"
+LEDGERS = "JOBSYS_CHAOS_LEDGERS"
+"""The variable that says in which directory jobs write; nothing is written elsewhere."""
 CLOCK = "JOBSYS_CHAOS_CLOCK"
 """The variable that says by how many seconds a worker process's clock is to be wrong."""

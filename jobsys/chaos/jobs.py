@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from pydantic import Field
 
 from jobsys import Job, Payload, job
-from jobsys.chaos import CLOCK, QUEUE
+from jobsys.chaos import CLOCK, LEDGERS, QUEUE
 from jobsys.errors import JobStopped
 
 if wrong := float(os.environ.get(CLOCK, "0")):
@@ -20,15 +21,15 @@ class Step(Payload):
     """What the job does."""
 
     number: int = Field(description="The submitter's own number for it.")
-    ledger: str = Field(description="The file to append to.")
+    ledger: str = Field(pattern=r"^[a-z0-9-]+$", description="The file to append to.")
     seconds: float = Field(0.0, ge=0, le=60, description="How long it works.")
     fail_times: int = Field(0, ge=0, le=5, description="How many of its attempts fail.")
 
 
-@job("CHAOS_STEP", queue=QUEUE, max_retries=5, trip_after=0, example={"number": 1, "ledger": "/dev/null"})
+@job("CHAOS_STEP", queue=QUEUE, max_retries=5, example={"number": 1, "ledger": "ledger"})
 def step(payload: Step, job: Job) -> int:
     """Write into the ledger when it starts and how it ends."""
-    ledger = os.open(payload.ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    ledger = os.open(Path(os.environ[LEDGERS], payload.ledger), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def note(what: str) -> None:
         os.write(ledger, f"{what} {payload.number} {job.id} {job.attempt} {os.getpid()} {time.monotonic():.6f}\n".encode())

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from jobsys import db
-from jobsys.chaos import QUEUE
+from jobsys.chaos import LEDGERS, QUEUE
 from jobsys.chaos.ledger import ENDS, Row, Run, Submitted, read
 from jobsys.chaos.proxy import Proxy
 from jobsys.errors import DatabaseUnavailable
@@ -39,10 +39,10 @@ HURRY = {
     "SHUTDOWN_GRACE": "2s",
     "RETRY_MIN_BACKOFF": "100ms",
     "RETRY_MAX_BACKOFF": "1s",
-    "MAX_CRASHES": "20",
+    "RETENTION_DAYS": "0",
     "LOG_LEVEL": "WARNING",
 }
-"""Settings of the worker processes: waits are short, and no job is taken for a killer."""
+"""Settings of the worker processes: waits are short, and they remove nobody's old jobs. The others are the installation's."""
 JOBS_PER_SECOND = 80
 FACTS = """
     select
@@ -72,18 +72,17 @@ class Stage:
         self._directory = directory
         self._mark = new_job_id()
         self._supervisor: subprocess.Popen[bytes] | None = None
-        environment = {name.upper(): None for name in Settings.model_fields}
-        kept = {name: value for name, value in os.environ.items() if name.upper() not in environment}
-        here = str(Path(__file__).parent.parent.parent)
-        path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-        own = {
+        self._environment = {
+            **os.environ,
+            **HURRY,
             "DATABASE_URL": self.proxy.url,
             "JOB_MODULES": "jobsys.chaos.jobs",
             "WORKER_QUEUES": QUEUE,
+            "LOG_FILE": str(directory / "workers.jsonl"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
+            LEDGERS: str(directory),
             MARK: self._mark,
-            "PYTHONPATH": path,
         }
-        self._environment = kept | HURRY | own
         own_settings = Settings(_env_file=None, database_url=self.url, job_modules=["jobsys.chaos.jobs"])
         self.direct = JobSystem(own_settings, pool_size=2)
         through = own_settings.model_copy(update={"database_url": self.proxy.url})
@@ -96,7 +95,6 @@ class Stage:
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", "jobsys", "worker"],
                 env=self._environment | environment,
-                cwd=self._directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -173,9 +171,17 @@ class Stage:
                 process.kill()
         if self._supervisor is not None:
             self._supervisor.wait()
+        self._forget()
         self.proxy.close()
         self.direct.close()
         self.through_proxy.close()
+
+    def _forget(self) -> None:
+        """Leave no trace in the installation's lists and numbers."""
+        self.query("delete from job_types where queue = %(queue)s", queue=QUEUE)
+        if not self.query("select 1 from jobs where queue = %(queue)s and status = 'PENDING' limit 1", queue=QUEUE):
+            self.query("delete from tally_log where queue = %(queue)s", queue=QUEUE)
+            self.query("delete from tallies where queue = %(queue)s", queue=QUEUE)
 
     def _serving(self) -> int:
         try:
@@ -248,7 +254,7 @@ class Load(threading.Thread):
     def _submit(self, number: int) -> None:
         system = self._stage.direct if number % 2 else self._stage.through_proxy
         fail_times = 1 if self._random.random() < 0.05 else 0
-        payload = {"number": number, "ledger": str(self.ledger), "seconds": self._random.uniform(0, 0.03), "fail_times": fail_times}
+        payload = {"number": number, "ledger": self.ledger.name, "seconds": self._random.uniform(0, 0.03), "fail_times": fail_times}
         try:
             job = system.submit("CHAOS_STEP", payload, group_id=self.group)
             self.submitted.append(Submitted(number, job.id, fail_times))

@@ -96,6 +96,7 @@ class Email(Payload):
     "EMAIL_SEND",
     time_limit="2m",
     max_share=0.5,
+    trip_after=20,
     aliases=["sendEmail", "email"],
     example={"to": "ada@example.test", "subject": "Hello", "body": "It works."},
 )

@@ -36,7 +36,7 @@ class IngestBatch(Payload):
     ids: list[Id] = Field(min_length=1, max_length=100_000, description="The ids to fetch, in this order.")
 
 
-@job("INGEST_BATCH", queue="ingestion", time_limit="1h", max_share=0.5, aliases=["ingestBatch"], example={"ids": [1, 2, 3]})
+@job("INGEST_BATCH", queue="ingestion", time_limit="1h", max_share=0.5, trip_after=20, aliases=["ingestBatch"], example={"ids": [1, 2, 3]})
 def ingest_batch(payload: IngestBatch, job: Job) -> dict[str, Any]:
     """Fetch each id of a batch, or mark it processed when no INGEST_URL is set."""
     url = settings().ingest_url

@@ -31,7 +31,6 @@ class TestJob(Payload):
 @job(
     "TEST_JOB",
     time_limit="70m",
-    trip_after=0,
     aliases=["testJob", "test"],
     example={"sleepMs": 100, "progressSteps": 4, "note": "comes back"},
 )
