@@ -49,10 +49,12 @@ class Bulkheads:
 
     def enter(self, jobs: Iterable[RunningJob]) -> list[RunningJob]:
         """Count jobs in that were claimed; those for which there is no room have to be given back."""
+        if not (counted := self._counted(jobs)):
+            return []
         rooms = self.rooms()
         too_many = []
         with self._lock:
-            for job in jobs:
+            for job in counted:
                 name = job.actor_name
                 self._held[name] += 1
                 if name in rooms:
@@ -61,10 +63,11 @@ class Bulkheads:
                         too_many.append(job)
         return too_many
 
-    def leave(self, job: RunningJob) -> None:
-        """Count a job out: its outcome is written."""
-        with self._lock:
-            self._held[job.actor_name] -= 1
+    def leave(self, jobs: Iterable[RunningJob]) -> None:
+        """Count jobs out: their outcomes are written."""
+        if counted := self._counted(jobs):
+            with self._lock:
+                self._held.subtract(job.actor_name for job in counted)
 
     def failed(self, job: RunningJob, fingerprint: str) -> float:
         """An attempt failed; for how many seconds the type is held back from now on, 0 if it isn't."""
@@ -97,6 +100,10 @@ class Bulkheads:
         """The types that are held back."""
         with self._lock:
             return sorted(name for name, streak in self._streaks.items() if streak.pause)
+
+    def _counted(self, jobs: Iterable[RunningJob]) -> list[RunningJob]:
+        """Those of types that can have a bound."""
+        return [job for job in jobs if (declared := job.job_type) is not None and (declared.max_share < 1 or declared.trip_after)]
 
     def _most(self, job_type: JobType) -> int:
         return max(1, int(self._threads * job_type.max_share))

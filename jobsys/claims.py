@@ -121,10 +121,11 @@ class Claims:
         if self.above is not None:
             self.overtake.set()
 
-    def ended(self, job: RunningJob) -> None:
-        """A job has ended, and that is written: should its queue or its type have been full, it is no longer."""
-        if (job.queue_name in self._limited or job.actor_name in self._bounded) and (bell := self._bells.get(job.queue_name)):
-            bell.set()
+    def ended(self, jobs: list[RunningJob]) -> None:
+        """Jobs have ended, and that is written: should their queue or their type have been full, it is no longer."""
+        for queue_name in {job.queue_name for job in jobs if job.queue_name in self._limited or job.actor_name in self._bounded}:
+            if bell := self._bells.get(queue_name):
+                bell.set()
 
     def wake_all(self) -> None:
         """Look at every queue again: something may have been missed."""

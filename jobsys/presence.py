@@ -61,7 +61,7 @@ class Presence:
         """Set when a job could not be stopped: the process has to end, and be replaced."""
         self._database = db.Database(broker.database.url, size=3, wait=30, name="jobsys worker")
         self.settlements = Settlements(
-            self._database, written=self._outcome_was_written, lost=self._outcome_was_lost, wrote=self.work.room.set
+            self._database, written=self._outcomes_were_written, lost=self._outcomes_were_lost, wrote=self.work.room.set
         )
         self.claims = Claims(
             self._database,
@@ -277,31 +277,36 @@ class Presence:
             self.settle(job, release(job))
         return [job for job in jobs if job.outcome is None] if too_many else jobs
 
-    def _outcome_was_written(self, outcome: Outcome) -> None:
-        if outcome.statement == "finish":
-            self._note_success(outcome.job)
-        elif outcome.statement in ("retry", "bury"):
-            _log_failure(outcome)
-            if outcome.job.job.completing:
-                self._count_failure(outcome)
-        self._forget(outcome.job)
+    def _outcomes_were_written(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.statement == "finish":
+                self._note_success(outcome.job)
+            elif outcome.statement in ("retry", "bury"):
+                _log_failure(outcome)
+                if outcome.job.job.completing:
+                    self._count_failure(outcome)
+        self._forget([outcome.job for outcome in outcomes])
 
-    def _outcome_was_lost(self, outcome: Outcome) -> None:
-        job = outcome.job
-        if not job.job.completing:
-            log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
-        elif outcome.parameters.get("type") in (None, NotCommitted.__name__):
-            self._note_success(job)
-        else:
-            log.warning("a job raised after complete_in, and was over by then", job_id=job.message_id, error=outcome.parameters["message"])
-        self._forget(job)
+    def _outcomes_were_lost(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            job = outcome.job
+            if not job.job.completing:
+                log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
+            elif outcome.parameters.get("type") in (None, NotCommitted.__name__):
+                self._note_success(job)
+            else:
+                log.warning(
+                    "a job raised after complete_in, and was over by then", job_id=job.message_id, error=outcome.parameters["message"]
+                )
+        self._forget([outcome.job for outcome in outcomes])
 
-    def _forget(self, job: RunningJob) -> None:
+    def _forget(self, jobs: list[RunningJob]) -> None:
         with self._holding:
-            if self.held.get(job.message_id) is job:
-                del self.held[job.message_id]
-        self.bulkheads.leave(job)
-        self.claims.ended(job)
+            for job in jobs:
+                if self.held.get(job.message_id) is job:
+                    del self.held[job.message_id]
+        self.bulkheads.leave(jobs)
+        self.claims.ended(jobs)
 
 
 def _log_failure(outcome: Outcome) -> None:

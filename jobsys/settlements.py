@@ -35,8 +35,8 @@ class Settlements:
         self,
         database: db.Database,
         *,
-        written: Callable[[Outcome], None],
-        lost: Callable[[Outcome], None],
+        written: Callable[[list[Outcome]], None],
+        lost: Callable[[list[Outcome]], None],
         wrote: Callable[[], None] = lambda: None,
     ) -> None:
         self.some = threading.Event()
@@ -170,7 +170,10 @@ class Settlements:
     def _note_written(self, group: list[Outcome], written: set[str]) -> None:
         for outcome in group:
             outcome.job.settled = True
-            (self._written if outcome.job.message_id in written else self._lost)(outcome)
+        if lost := [outcome for outcome in group if outcome.job.message_id not in written]:
+            self._lost(lost)
+            group = [outcome for outcome in group if outcome.job.message_id in written]
+        self._written(group)
 
     def _write_as_failure(self, outcome: Outcome, error: Exception) -> None:
         """The outcome itself can't be stored (a result jsonb refuses, a value out of range): that is the failure to keep."""
@@ -181,7 +184,7 @@ class Settlements:
         except UNSTORABLE:
             log.exception("neither the outcome nor its failure can be stored", job_id=outcome.job.message_id)
             outcome.job.settled = True
-            self._lost(outcome)
+            self._lost([outcome])
         except BaseException:
             outcome.job.followups = followups  # the outcome will be tried again, and may be storable then
             raise

@@ -116,7 +116,7 @@ def test_a_full_queue_is_looked_at_again_as_soon_as_one_of_its_jobs_has_ended(
     time.sleep(0.3)
     assert not second
     worker.finish((first.message_id, first.claim))
-    claims.ended(first)
+    claims.ended([first])
     taking.join(20)
     assert len(second) == 1
 

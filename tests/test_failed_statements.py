@@ -18,6 +18,7 @@ import re
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import psycopg2
 import pytest
 from conftest import CHECKOUT, Launcher, Running, at_database, environment, eventually, execute
 from dramatiq.message import Message
@@ -329,6 +331,15 @@ def kill(round: Round) -> None:
     end(round, signal.SIGKILL, starts=2)
 
 
+def lock_a_job(round: Round) -> None:
+    """Somebody has a job's row when it ends, and for some seconds more."""
+    job = round.plant.system.submit("LEDGER", round.payload(round.expect("locked", "COMPLETED"), seconds=0.5))
+    eventually(lambda: "start locked" in round.ledger.read_text())
+    holder = psycopg2.connect(round.plant.url)
+    holder.cursor().execute("select from jobs where id = %s for update", [job.id])
+    threading.Timer(5, holder.close).start()
+
+
 def end(round: Round, how: signal.Signals, starts: int) -> None:
     """End the worker process while a job runs."""
     eventually(lambda: not round.complaints(), timeout=20)
@@ -343,6 +354,7 @@ PROVOKED: dict[str, tuple[Callable[[Plant], None] | None, Callable[[Round], None
     "listen": (None, cut_heart),
     "set_limits": (None, restart),
     "unregister_worker": (None, restart),
+    "free": (None, lock_a_job),
     "report_death": (None, kill),
 }
 """What makes a worker run the statements that it runs only when it comes or goes."""

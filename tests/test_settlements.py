@@ -33,7 +33,7 @@ def lost() -> list[Outcome]:
 
 @pytest.fixture
 def settlements(system: JobSystem, lost: list[Outcome]) -> Settlements:
-    return Settlements(system.database, written=lambda outcome: None, lost=lost.append)
+    return Settlements(system.database, written=lambda outcomes: None, lost=lost.extend)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_outcomes_wait_while_the_database_is_away_and_are_written_once(
 ) -> None:
     jobs = [running() for _ in range(3)]
     away = db.Database("postgresql://postgres@127.0.0.1:1/none", wait=1)
-    settlements = Settlements(away, written=lambda outcome: None, lost=lost.append)
+    settlements = Settlements(away, written=lambda outcomes: None, lost=lost.extend)
     for job in jobs:
         with pytest.raises(DatabaseUnavailable):
             settlements.add(finish(job))
