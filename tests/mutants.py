@@ -172,7 +172,7 @@ def survives(mutant: Mutant) -> bool:
         )
         file = copy / mutant.file
         file.write_text(broken(mutant, file.read_text(encoding="utf-8")), encoding="utf-8")
-        command = f'"{sys.executable}" -m pytest -x -q -p no:cacheprovider {mutant.tests}'
+        command = f'"{sys.executable}" -m pytest -n 0 -x -q -p no:cacheprovider {mutant.tests}'
         done = subprocess.run(command, shell=True, cwd=copy, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{mutant.name}: pytest did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
