@@ -66,7 +66,7 @@ MUTANTS = [
         "sql/queue.sql",
         "    where status = 'PROCESSING' and worker = %(worker)s::uuid\n    order by jobs.id",
         "    where worker = %(worker)s::uuid\n    order by jobs.id",
-        "tests/test_races.py",
+        "tests/test_model.py",
     ),
     Mutant(
         "a worker that was declared lost goes on claiming",
@@ -80,14 +80,14 @@ MUTANTS = [
         "jobsys/chores.py",
         "silence_counts=time.monotonic() >= self._silence_counts_from",
         "silence_counts=True",
-        "tests/test_worker.py -k losing_every_database_connection tests/test_queue.py -k after_an_outage",
+        "tests/test_queue.py -k condemns_nobody",
     ),
     Mutant(
         "no polling while notifications work",
         "jobsys/claims.py",
         "nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval",
         "nap = NAPS[naps] if naps < len(NAPS) else 3600.0",
-        "tests/test_chaos.py -k no-notifications",
+        "tests/test_worker.py -k nobody_is_told_of",
     ),
     Mutant(
         "an outcome that can't be written is dropped",
@@ -130,7 +130,7 @@ MUTANTS = [
         "sql/queue.sql",
         "where status = 'SCHEDULED' and run_at <= statement_timestamp()",
         "where status = 'SCHEDULED' and run_at <= statement_timestamp() + interval '10 seconds'",
-        "tests/test_queue.py -k scheduled tests/test_worker.py -k delayed_job",
+        "tests/test_queue.py tests/test_worker.py -k 'scheduled or delayed_job'",
     ),
     Mutant(
         "a paused queue goes on",
@@ -148,9 +148,9 @@ MUTANTS = [
     ),
     Mutant(
         "a type may take every thread",
-        "jobsys/presence.py",
-        "            rooms=self.bulkheads.rooms,\n",
-        "",
+        "jobsys/bulkheads.py",
+        "return max(1, int(self._threads * job_type.max_share))",
+        "return self._threads",
         "tests/test_worker.py -k hangs_leaves",
     ),
 ]

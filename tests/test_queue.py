@@ -15,6 +15,7 @@ import pytest
 from conftest import eventually, execute
 
 from jobsys import db
+from jobsys.errors import DatabaseUnavailable
 from jobsys.ids import new_job_id
 from jobsys.system import JobSystem, Submission
 
@@ -571,3 +572,20 @@ def test_a_death_is_reported_of_a_worker_whose_session_is_gone(system: JobSystem
         assert system.database.run("report_death", host="h", pid=9) == [], "its session is there: another machine's process"
     execute(database_url, "select pg_sleep(0.2)")
     assert len(system.database.run("report_death", host="h", pid=9)) == 1
+
+
+def test_who_has_just_got_the_database_back_condemns_nobody_for_silence(system: JobSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    chores = system.broker.attend(threads=1)._chores
+    chores.stop()
+    asked: list[bool] = []
+    monkeypatch.setattr(chores._database, "run", lambda name, silence_counts: asked.append(silence_counts) or [])
+
+    def away() -> None:
+        raise DatabaseUnavailable("an outage")
+
+    chores.rescue()
+    chores._silence_counts_from = 0.0
+    chores.rescue()
+    chores._attempt(away)
+    chores.rescue()
+    assert asked == [False, True, False]

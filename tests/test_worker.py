@@ -319,6 +319,7 @@ def test_a_type_this_worker_does_not_know_waits_for_one_that_does(system: JobSys
 
 
 def test_a_delayed_job_starts_when_it_is_due_and_not_before(system: JobSystem, worker: Running) -> None:
+    until(system, system.submit("TEST_JOB"), "COMPLETED")  # it works by now
     done = system.wait(system.submit("TEST_JOB", delay=1.0).id, 20)
     assert done.started_at is not None and done.started_at >= done.run_at
 
@@ -378,6 +379,14 @@ def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem,
         running += 1 if line.startswith("start") else -1
         most = max(most, running)
     assert most == 2
+
+
+def test_a_job_that_nobody_is_told_of_is_found_by_looking(system: JobSystem, worker: Running, database_url: str) -> None:
+    until(system, system.submit("TEST_JOB"), "COMPLETED")
+    eventually(lambda: execute(database_url, "select cardinality(asleep) from workers") > [(0,)])
+    time.sleep(1)  # also past the first, shorter looks
+    execute(database_url, "alter table jobs disable trigger jobs_inserted")
+    until(system, system.submit("TEST_JOB"), "COMPLETED")
 
 
 def test_a_worker_serves_the_queues_it_is_told_to_and_says_so(system: JobSystem, start_worker: StartWorker) -> None:
