@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jobsys.system import Event, Failure, JobRecord
 
 QUIET_EVENTS = ("log", "progress")
+GONE = "…\u2060"
+"""Stands before the end of an id; no line breaks between the two."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def moment(event: Event, names: dict[str, str], now: datetime) -> dict[str, Any]
     about = [
         f"attempt {wording.number(event.attempt)}" if event.attempt and not quiet else "",
         f"by {event.by}" if event.by else "",
-        f"on {names.get(worker, '…' + worker[-12:])}" if worker else "",
+        f"on {names.get(worker, GONE + worker[-12:])}" if worker else "",
         f"after {wording.span(duration)}" if duration is not None else "",
     ]
     return {
