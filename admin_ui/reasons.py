@@ -44,7 +44,9 @@ def notices(queues: Sequence[QueueState], workers: Sequence[WorkerState], now: d
         elif served and not queue.workers:
             found.append(Notice("bad", f"No live worker serves queue {queue.name}.", f"{backlog} {SERVE_IT}"))
         elif unknown := _unknown_types(queue, workers):
-            found += [Notice("bad", f"No live worker knows the type {name}.", f"{backlog} {DEPLOY}") for name in unknown]
+            for name in unknown:
+                waits = f"{plural(queue.due[name], 'job')} of it due in queue {queue.name}."
+                found.append(Notice("bad", f"No live worker knows the type {name}.", f"{waits} {DEPLOY}"))
         elif served and not pace(queue) and _age(queue, now) > BEHIND_AFTER:
             found.append(Notice("warn", f"Queue {queue.name} is behind.", f"{backlog} More workers or threads would help."))
     for type in sorted({type for worker in workers if worker.alive for type in worker.held_back}):

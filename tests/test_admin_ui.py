@@ -168,7 +168,7 @@ def test_a_type_that_no_worker_knows_and_one_that_is_held_back_are_named(
     add_worker(["default"], ["EMAIL_SEND"])
     unknown, mail = add_job("PENDING", type="THUMBNAIL"), add_job("PENDING", type="EMAIL_SEND")
     execute(database_url, "update jobs set run_at = now() - interval '1 hour'")
-    assert "No live worker knows the type THUMBNAIL." in text(web.get("/admin/ui"))
+    assert "No live worker knows the type THUMBNAIL. 1 job of it due in queue default." in text(web.get("/admin/ui"))
     execute(database_url, "delete from jobs where id = %s", unknown)
     assert "More workers or threads would help" in text(web.get("/admin/ui"))
     execute(database_url, "update workers set held_back = '{EMAIL_SEND}'")
