@@ -111,6 +111,7 @@ class Settlements:
             self.write()
 
     def _write_group(self, group: list[Outcome]) -> None:
+        group = [outcome for outcome in group if not outcome.job.settled]
         try:
             self._write_together(group)
         except UNSTORABLE as error:
@@ -130,14 +131,19 @@ class Settlements:
 
     def _write_what_is_free(self, group: list[Outcome]) -> None:
         """Somebody's transaction has some of the jobs (perhaps the job's own, see complete_in): no other waits for these."""
+        ids = [outcome.job.message_id for outcome in group]
+        if len(set(ids)) < len(ids):
+            for outcome in group:
+                self._write_group([outcome])
+            return
         try:
             with self._database.transaction(lock_timeout="100ms") as connection:
-                ids = [outcome.job.message_id for outcome in group]
                 taken = {id for id, free in db.run(connection, "free", id=ids) if not free}
                 free = [outcome for outcome in group if outcome.job.message_id not in taken]
                 written = self._write_on(connection, free)
         except UNSTORABLE as error:
-            return self._write_each(group, error)
+            self._write_each(group, error)
+            return
         self._note_written(free, written)
         self._locked += [outcome for outcome in group if outcome.job.message_id in taken]
         self._try_locked_at = time.monotonic() + RETRY
