@@ -34,6 +34,8 @@ SIGN_OF_LIFE = 1.0
 """How often, in seconds, a worker process tells its supervisor that its threads get on."""
 PATIENCE = 5.0
 """Seconds that a process may be silent beyond WORKER_LOST_AFTER; by then others have its jobs."""
+TICK = 0.1
+"""How soon, in seconds, a signal is heard."""
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 30.0
 """Seconds a process must have lived for its end not to make the pause before its successor longer."""
@@ -59,7 +61,6 @@ class Supervisor:
         self._settings = settings
         self._children = [Child(number) for number in range(settings.worker_processes)]
         self._signals = 0
-        self._wakeup = threading.Event()
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,12 +91,10 @@ class Supervisor:
                 for child in self._children:
                     child.send(signal.SIGKILL)
                 return 1
-            self._wakeup.wait(0.1)
-            self._wakeup.clear()
+            time.sleep(TICK)
 
     def _on_signal(self, *_: Any) -> None:
-        self._signals += 1
-        self._wakeup.set()
+        self._signals += 1  # no lock may be taken here, by an Event, say: this thread may just have it
 
     def _mourn(self, child: Child) -> None:
         log.warning(
@@ -197,19 +196,13 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
         faulthandler.register(signal.SIGQUIT, chain=True)
     os.register_at_fork(after_in_child=_forget_signals)
     ends: list[str] = []
-    wakeup = threading.Event()
-
-    def end(reason: str) -> None:
-        ends.append(reason)
-        wakeup.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: end("signal"))
+        signal.signal(number, lambda *_: ends.append("signal"))  # no more than that: see Supervisor
     if lifeline is not None:
-        threading.Thread(target=_watch, args=(lifeline, end), daemon=True).start()
+        threading.Thread(target=_watch, args=(lifeline, ends.append), daemon=True).start()
     system = JobSystem(settings, pool_size=settings.worker_threads + 2)
     while not ends and not _prepared(system):
-        wakeup.wait(1)
+        time.sleep(10 * TICK)
     system.database.close()  # idle until a job submits another
     job_settings()  # read before a job can change the directory that .env is in
     worker = dramatiq.Worker(
@@ -228,8 +221,7 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     presence = system.broker.attend(threads=settings.worker_threads)
     unfit = _check(worker, presence)
     while not ends and not presence.must_end.is_set():
-        wakeup.wait(0.1)
-        wakeup.clear()
+        time.sleep(TICK)
         if reason := unfit():
             log.error("this process is not fit to go on, and will be replaced", reason=reason)
             presence.must_end.set()

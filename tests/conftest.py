@@ -37,6 +37,14 @@ CHECKOUT = Path(__file__).parent.parent
 T = TypeVar("T")
 
 
+SLOW = ("test_worker.py", "test_abuse.py", "test_failed_statements.py", "test_migrations.py", "test_chaos.py", "test_dev.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
 def eventually(predicate: Callable[[], T], timeout: float = 10.0, interval: float = 0.05) -> T:
     """The first true thing `predicate` returns; fails when it returns none within `timeout` seconds. It may assert as well."""
     deadline = time.monotonic() + timeout

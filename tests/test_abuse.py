@@ -144,7 +144,8 @@ def test_a_job_that_kills_its_process_ends_alone(jobs: Jobs, abused: StartWorker
 
 
 def test_a_process_that_a_job_has_crippled_is_replaced(jobs: Jobs, abused: StartWorker, system: JobSystem) -> None:
-    worker = abused(WORKER_PROCESSES=2)
+    # Pauses as long as by default: those of the tests' settings are over before the process is replaced.
+    worker = abused(WORKER_PROCESSES=2, RETRY_MIN_BACKOFF="1s", RETRY_MAX_BACKOFF="5s")
     jobs.wait_for_workers(2)
     stones = jobs.misbehave("sleeps_in_python", "sleeps_in_c", "waits_for_a_lock", "loops_and_catches_everything")
     others = jobs.misbehave("closes_every_descriptor", "little_recursion", "too_much_memory")
