@@ -8,13 +8,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import CHECKOUT, environment, execute
+from conftest import CHECKOUT, Launcher, environment, eventually, execute, is_alive
 from mutants import MUTANTS, Mutant, broken
 
 from jobsys.chaos.faults import FAULTS
 from jobsys.chaos.ledger import Row, Run, Submitted, Verdict, compare, read
 from jobsys.settings import Settings
+from jobsys.system import JobSystem
 
 JOB = "01a2057e-02b3-7000-8e7e-b3f3ad405f07"
 OTHER = "01a2057e-02b3-7000-8e7e-b3f3ad405f08"
@@ -135,3 +137,14 @@ def test_what_can_be_broken_is_listed_and_a_slip_is_answered_with_it(jobsys: Job
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_what_the_mutants_break_is_still_there(mutant: Mutant) -> None:
     assert broken(mutant, (CHECKOUT / mutant.file).read_text(encoding="utf-8"))
+
+
+def test_a_chaos_that_is_told_to_end_leaves_no_process(settings: Settings, launcher: Launcher) -> None:
+    chaos = launcher.start("chaos", [sys.executable, "-m", "jobsys", "chaos", "no-notifications"], environment(settings))
+    system = JobSystem(settings)
+    eventually(lambda: len(system.workers()) == 2, 40)
+    children = psutil.Process(chaos.pid).children(recursive=True)
+    chaos.stop(40)
+    eventually(lambda: not any(is_alive(child) for child in children), 20)
+    assert system.workers() == []
+    system.close()

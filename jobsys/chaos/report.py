@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -86,6 +88,7 @@ def main(
         return 0
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     logs.configure(settings.model_copy(update={"log_level": "ERROR"}), process="chaos")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: everything is cleared away
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jobsys-chaos-")))
         server = None

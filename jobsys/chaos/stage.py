@@ -22,7 +22,7 @@ from jobsys.chaos.ledger import ENDS, Row, Run, Submitted, read
 from jobsys.chaos.proxy import Proxy
 from jobsys.errors import DatabaseUnavailable
 from jobsys.ids import new_job_id
-from jobsys.local import Postgres
+from jobsys.local import Postgres, dies_with_us
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
@@ -93,7 +93,7 @@ class Stage:
         """Start a supervisor with its processes; returns when they are known to the database."""
         with self.log.open("ab") as log:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", "jobsys", "worker"],
+                [*dies_with_us("TERM"), sys.executable, "-m", "jobsys", "worker"],
                 env=self._environment | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
