@@ -37,6 +37,9 @@ from jobsys.running import RunningJob
 from jobsys.settings import Settings
 from jobsys.submissions import Submitted, insert
 
+PATIENCE = 3.0
+"""Seconds in which the end of an attempt is tried again where the process lacks memory or depth."""
+
 
 class JobsBroker(PostgresBroker):
     """The broker. Opens no connection before something is sent or consumed."""
@@ -302,11 +305,20 @@ class JobsConsumer(PostgresConsumer):
             self.presence.settle(message, release(message))
 
     def _settle(self, message: RunningJob, decide: Callable[[RunningJob], Outcome]) -> None:
-        try:
-            outcome = decide(message)
-        except BaseException as error:  # Dramatiq would take it for its own bug and go on, and the job would never end
-            outcome = unstorable(message, error)
-        self.presence.settle(message, outcome)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.presence.settle(message, decide(message))
+                return
+            except (RecursionError, MemoryError) as error:
+                # Another job's doing (it may have lowered the limit, which worker.py puts back), and no fault of this one's.
+                if time.monotonic() > deadline:
+                    self.presence.settle(message, unstorable(message, error))
+                    return
+                time.sleep(0.05)
+            except BaseException as error:  # Dramatiq would take it for its own bug and go on, and the job would never end
+                self.presence.settle(message, unstorable(message, error))
+                return
 
     def _outcome(self, message: RunningJob) -> Outcome:
         if message.retry_delay is not None:

@@ -157,7 +157,7 @@ def test_a_process_that_a_job_has_crippled_is_replaced(jobs: Jobs, abused: Start
     for how, job in zip(stones, jobs.ends(stones.values()), strict=True):
         assert (job.status, (job.error or {})["type"]) == ("FAILED", "TimeLimitExceeded"), how
     assert [job.status for job in jobs.ends(others.values())] == ["COMPLETED", "FAILED"]
-    assert {job.status for job in jobs.ends(innocent)} == {"COMPLETED"}
+    assert [(job.attempt, job.max_attempts, job.error) for job in jobs.ends(innocent) if job.status != "COMPLETED"] == []
     jobs.wait_for_workers(2)
     assert system.wait(jobs.submit("TEST_JOB"), 20).status == "COMPLETED"
 
