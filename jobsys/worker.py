@@ -107,7 +107,8 @@ class Supervisor:
                 log.warning("its death could not be reported; others will notice its silence", pid=child.pid, error=str(error))
 
     def _report_death(self, child: Child) -> None:
-        database = db.Database(db.url_of(self._settings), wait=2, name="jobsys supervisor")
+        # It must not wait for long, on a lock of a process that is stuck, say: which only this one can end.
+        database = db.Database(db.url_of(self._settings), wait=2, name="jobsys supervisor", patience=2)
         for _ in range(5):
             if database.run("report_death", host=socket.gethostname(), pid=child.pid):
                 break

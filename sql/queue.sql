@@ -288,11 +288,15 @@ update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s an
 
 -- name: report_death
 -- Said by a supervisor that saw its worker process die: nobody has to wait for its heart. Another machine may have a process of the same
--- name and number: whose session is there is not dead.
+-- name and number: whose session is there is not dead. And whoever has the row locked is at the rescue already, or stuck in it.
 update workers
 set heartbeat_at = '-infinity'
-where host = %(host)s and pid = %(pid)s
-    and not exists (select from pg_stat_get_activity(session_pid) as session where session.backend_start = workers.session_start)
+where id = any(array(
+    select id from workers
+    where host = %(host)s and pid = %(pid)s
+        and not exists (select from pg_stat_get_activity(session_pid) as session where session.backend_start = workers.session_start)
+    for update skip locked
+))
 returning id::text;
 
 -- name: unregister_worker

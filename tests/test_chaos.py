@@ -73,6 +73,12 @@ def test_an_event_explains_one_extra_run() -> None:
     assert not found.wrong and found.extra_runs == 1
 
 
+def test_a_crash_of_the_database_explains_one_attempt_that_is_not_counted() -> None:
+    runs = [ran(ended=None, how=None), ran(1, 3, 4)]
+    assert not compare([Submitted(1, JOB)], [COMPLETED], runs, events=1, forgotten=1).wrong
+    assert "undercounted" in compare([Submitted(1, JOB)], [COMPLETED], [*runs, ran(1, 5, 6)], events=2, forgotten=1).wrong
+
+
 @pytest.mark.parametrize(
     ("kind", "found"),
     [

@@ -105,7 +105,7 @@ class Plant:
         self.worker = self.launcher.start("worker", [sys.executable, "-m", "jobsys", "worker"], env)
         eventually(lambda: self.ask("select name from job_types"), timeout=30)
         self.system.limit("paced", rate=(20, 1), max_running=2)
-        self.threads = self.inspected()["threads"]
+        self.threads = eventually(lambda: (seen := self.inspected()["threads"])["_WorkerThread"] == 6 and seen)
         [(self.types,)] = self.ask("select count(*) from job_types")
 
     def close(self) -> None:

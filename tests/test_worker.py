@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import dramatiq
 import psutil
+import psycopg2
 import pytest
 from conftest import Launcher, Running, environment, eventually, execute
 from dramatiq.errors import QueueJoinTimeout
@@ -207,6 +209,19 @@ def test_when_only_the_supervisor_dies_its_workers_end_in_good_order(system: Job
     assert until(system, job, "COMPLETED").attempt == 1
     eventually(lambda: not psutil.pid_exists(int(line.split()[3])), 15)
     assert system.workers() == []
+
+
+def test_a_supervisor_does_not_wait_for_whoever_has_its_dead_worker_locked(
+    system: JobSystem, start_worker: StartWorker, database_url: str
+) -> None:
+    worker = start_worker()
+    eventually(system.workers)
+    [child] = psutil.Process(worker.pid).children()
+    with contextlib.closing(psycopg2.connect(database_url)) as stuck:
+        stuck.cursor().execute("select from workers for update")  # as a rescuer that is stuck
+        child.kill()
+        eventually(lambda: "will be replaced" in worker.output)
+        assert worker.stop() == 0
 
 
 def test_a_frozen_workers_job_runs_elsewhere_and_the_frozen_one_cannot_record_its_end(

@@ -20,12 +20,14 @@ Act = Callable[["Stage", float], int]
 
 class Fault(NamedTuple):
     """`safe`: it touches nothing but processes and connections of its own. `overlaps`: a worker that was declared lost may still run.
-    `times`: so many times as long as asked for."""
+    `forgets`: PostgreSQL may forget the claims of its last moments, which don't wait for the disk. `times`: so many times as long as asked
+    for."""
 
     name: str
     run: Act
     safe: bool
     overlaps: bool
+    forgets: bool
     times: float
 
     @property
@@ -37,12 +39,12 @@ class Fault(NamedTuple):
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(*, safe: bool = True, overlaps: bool = False, times: float = 1) -> Callable[[Act], Act]:
+def fault(*, safe: bool = True, overlaps: bool = False, forgets: bool = False, times: float = 1) -> Callable[[Act], Act]:
     """Register a fault under its function's name."""
 
     def register(function: Act) -> Act:
         name = function.__name__.replace("_", "-")
-        FAULTS[name] = Fault(name, function, safe, overlaps, times)
+        FAULTS[name] = Fault(name, function, safe, overlaps, forgets, times)
         return function
 
     return register
@@ -226,19 +228,19 @@ def database_restarted(stage: Stage, seconds: float) -> int:
     return _restarted(stage, signal.SIGINT)
 
 
-@fault(safe=False)
+@fault(safe=False, overlaps=True, forgets=True)
 def database_stopped_at_once(stage: Stage, seconds: float) -> int:
     """PostgreSQL stops without a checkpoint, and recovers."""
     return _restarted(stage, signal.SIGQUIT)
 
 
-@fault(safe=False)
+@fault(safe=False, overlaps=True, forgets=True)
 def database_killed(stage: Stage, seconds: float) -> int:
     """PostgreSQL and all its processes are killed, and it recovers."""
     return _restarted(stage, signal.SIGKILL)
 
 
-@fault(safe=False)
+@fault(safe=False, overlaps=True, forgets=True)
 def database_disk_full(stage: Stage, seconds: float) -> int:
     """The disk under PostgreSQL is full for a while."""
     assert stage.server is not None
@@ -253,7 +255,7 @@ def database_disk_full(stage: Stage, seconds: float) -> int:
     return 1
 
 
-@fault(overlaps=True, times=30)
+@fault(overlaps=True, forgets=True, times=30)
 def mixed(stage: Stage, seconds: float) -> int:
     """All of the above, a few seconds each, in a random order."""
     others = [each for each in possible(stage) if each.run is not mixed]

@@ -69,9 +69,12 @@ def read(ledger: Path) -> list[Run]:
     return sorted(runs, key=lambda run: (run.id, run.began))
 
 
-def compare(submitted: Iterable[Submitted], rows: Iterable[Row], runs: Iterable[Run], *, events: int, overlaps: int = 0) -> Verdict:
+def compare(
+    submitted: Iterable[Submitted], rows: Iterable[Row], runs: Iterable[Run], *, events: int, overlaps: int = 0, forgotten: int = 0
+) -> Verdict:
     """Hold the accounts against each other. `events` is how often a worker died, froze or was cut off: each may cost a job one extra
-    run. `overlaps` is how many of them leave a process running that was declared lost: then one run may begin while another goes on."""
+    run. `overlaps` is how many of them leave a process running that was declared lost: then one run may begin while another goes on.
+    `forgotten` is how often PostgreSQL crashed: each time it may have forgotten a claim, and with it that the attempt was counted."""
     verdict = Verdict()
     known = {row.id: row for row in rows}
     by_number: dict[int, Submitted] = {each.number: each for each in submitted}
@@ -94,20 +97,20 @@ def compare(submitted: Iterable[Submitted], rows: Iterable[Row], runs: Iterable[
             verdict.wrong["stuck"].append(f"job {row.id} is still {row.status} at attempt {row.attempt}")
             continue
         verdict.finished += 1
-        _judge(row, by_job.pop(row.id, []), promised.fail_times if promised else 0, events, overlaps, verdict)
+        _judge(row, by_job.pop(row.id, []), promised.fail_times if promised else 0, events, overlaps, forgotten, verdict)
     for id in by_job.keys() - known.keys():
         verdict.wrong["phantom"].append(f"job {id} ran, and is not there")
     return verdict
 
 
-def _judge(row: Row, runs: list[Run], fail_times: int, events: int, overlaps: int, verdict: Verdict) -> None:
+def _judge(row: Row, runs: list[Run], fail_times: int, events: int, overlaps: int, forgotten: int, verdict: Verdict) -> None:
     ended = [run for run in runs if run.how == "end"]
     stopped = sum(run.how == "stop" for run in runs)
     if ended and row.status != "COMPLETED":
         verdict.wrong["unrecorded"].append(f"job {row.id} ran to its end, and is {row.status}")
     if row.status == "COMPLETED" and not ended:
         verdict.wrong["unearned"].append(f"job {row.id} is COMPLETED, and never ran to its end")
-    if len(runs) - stopped > row.attempt:
+    if len(runs) - stopped > row.attempt + forgotten:
         verdict.wrong["undercounted"].append(f"job {row.id} began {len(runs) - stopped} attempts, and {row.attempt} are counted")
     extra = len(runs) - stopped - 1 - min(fail_times, len(runs) - 1) if runs else 0
     verdict.extra_runs += max(0, extra)

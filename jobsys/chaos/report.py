@@ -60,7 +60,8 @@ def trial(stage: Stage, fault: Fault, seconds: float) -> Result:
         result.recovered = _recovery(load, rate)
         load.stop()
         wait_until(lambda: load.unfinished() == 0, SETTLING)
-        verdict = compare(load.submitted, load.rows(), load.runs(), events=result.events, overlaps=result.events if fault.overlaps else 0)
+        overlaps, forgotten = (result.events if may else 0 for may in (fault.overlaps, fault.forgets and stage.server is not None))
+        verdict = compare(load.submitted, load.rows(), load.runs(), events=result.events, overlaps=overlaps, forgotten=forgotten)
         result.accepted, result.finished, result.runs = verdict.accepted, verdict.finished, verdict.runs
         result.unanswered, result.extra_runs = sum(each.id is None for each in load.submitted), verdict.extra_runs
         result.wrong = dict(verdict.wrong)
