@@ -135,8 +135,8 @@ class AdminUI:
             req,
             resp,
             "jobs",
-            # A search for text looks at every job: not every few seconds.
-            poll=None if cursor or "q" in filters else address("jobs", **filters),
+            # A search for text looks at every job, and some others at very many: not every few seconds.
+            poll=None if cursor or "q" in filters or found.cut_short else address("jobs", **filters),
             title="Jobs",
             headline=f"{status.capitalize()} jobs" if status else "Jobs",
             filters=filters,
@@ -147,6 +147,7 @@ class AdminUI:
             lines=[job_view.line(job) for job in found.jobs],
             newest=address("jobs", **filters) if cursor else None,
             older=address("jobs", **filters, cursor=found.next_cursor) if found.next_cursor else None,
+            cut_short=found.cut_short,
             types=sorted(self.system.types.types),
             queues=[queue.name for queue in self.system.queues()],
             try_it="" if any(counts.values()) else self._try_it(req),

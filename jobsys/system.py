@@ -21,6 +21,7 @@ from jobsys.broker import JobsBroker
 from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
 from jobsys.job_types import Registry, priority_number, registry
+from jobsys.search import search
 from jobsys.settings import Settings
 from jobsys.submissions import MANY, Submissions, Submitted, insert, insert_one, stream
 
@@ -82,10 +83,12 @@ class Submission(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """Some jobs, newest first, and the cursor that continues the list, or None at its end."""
+    """Some jobs, newest first, and the cursor that continues the list, or None at its end. `cut_short`: there may be fewer than asked for,
+    or none, because looking for more took too long; the cursor goes on from there."""
 
     jobs: list[JobRecord]
     next_cursor: str | None
+    cut_short: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,8 @@ class JobSystem:
         limit: int = 50,
         cursor: str | None = None,
     ) -> Page:
-        """A page of jobs, newest first. Filters narrow it together; `q` is text found in type, payload or error, or a job's id.
+        """A page of jobs, newest first, in a few seconds at most. Filters narrow it together; `q` is text found in type, payload or error,
+        or a job's id.
 
         Raises InvalidSubmission for a filter that can't be: a status there is not, a cursor that is none of ours.
         """
@@ -274,17 +278,10 @@ class JobSystem:
                 where["(id = %(q)s or group_id = %(q)s)"] = {"q": q}
             else:
                 where["(type ilike %(q)s or payload::text ilike %(q)s or error::text ilike %(q)s)"] = {"q": f"%{_like(q)}%"}
-        if cursor is not None:
-            if not is_job_id(cursor):
-                raise InvalidSubmission.of(["cursor"], "is not a cursor that an earlier page gave")
-            where["id < %(cursor)s"] = {"cursor": cursor}
-        parameters = {name: value for each in where.values() for name, value in each.items()}
-        statement = db.STATEMENTS["jobs"].replace("{conditions}", " and ".join(where) or "true")
-        with self.database.connection() as connection, connection.cursor() as run:
-            run.execute(statement, {**parameters, "limit": limit + 1})
-            rows = run.fetchall()
-        records = [_record(row) for row in rows[:limit]]
-        return Page(records, records[-1].id if len(rows) > limit else None)
+        if cursor is not None and not is_job_id(cursor):
+            raise InvalidSubmission.of(["cursor"], "is not a cursor that an earlier page gave")
+        rows, next_cursor, cut_short = search(self.database, where, limit=limit, cursor=cursor)
+        return Page([_record(row) for row in rows], next_cursor, cut_short)
 
     def wait(self, job_id: str, timeout: float) -> JobRecord:
         """The job as soon as it has ended, else as it is after `timeout` seconds. Raises JobNotFound."""

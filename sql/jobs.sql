@@ -19,6 +19,10 @@ where {conditions}
 order by jobs.id desc
 limit %(limit)s;
 
+-- name: end_of_part
+-- The last of the next so many jobs before one; null when there are fewer.
+select (select jobs.id::text from jobs where %(before)s::uuid is null or id < %(before)s::uuid order by jobs.id desc offset %(size)s - 1 limit 1);
+
 -- name: group
 select
     id::text, type, queue, priority, payload, options, status, attempt, max_attempts, run_at, created_at, started_at, finished_at,

@@ -12,7 +12,7 @@ CHECKOUT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "ids", "interrupt"},
     {"settings"},
-    {"logs", "local", "db"},
+    {"logs", "local", "db", "search"},
     {"migrations"},
     {"job_types", "submissions"},
     {"jobs", "running"},

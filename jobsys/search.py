@@ -1,0 +1,69 @@
+"""Looking for jobs among any number of them: at once where an index leads to them, and for a bounded time where none does.
+
+An index for every filter would be paid for by every job, three times. So a search that PostgreSQL can't answer in HASTE is cancelled there,
+and looks through the jobs part by part instead, the newest first, until TIME is up. The page it makes may be short, even empty; its cursor
+goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psycopg2
+
+from jobsys import db
+from jobsys.errors import DatabaseUnavailable
+
+HASTE = 1.0
+"""Seconds for the database to find a page in its own way."""
+TIME = 1.5
+"""Seconds after which no further part is begun."""
+LONGEST_PART = 3.0
+"""Seconds for one part; more than one takes unless the machine is in trouble."""
+FIRST_PART = 10_000
+"""Jobs. A part that took less than a fifth of a second is followed by one twice as large."""
+
+
+def search(
+    database: db.Database, conditions: dict[str, dict[str, Any]], *, limit: int, cursor: str | None
+) -> tuple[list[db.Row], str | None, bool]:
+    """Rows of the statement `jobs` for which all `conditions` hold (SQL, and its parameters), newest first, from `cursor` on; the cursor
+    that continues them, None at the end; and whether time was up before there were `limit`. Raises DatabaseUnavailable."""
+    try:
+        found = _read(database, conditions, limit, _part(cursor), HASTE)
+        return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
+    except DatabaseUnavailable as error:
+        if not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
+            raise
+    found, size, deadline = [], FIRST_PART, time.monotonic() + TIME
+    while True:
+        began = time.monotonic()
+        [(end,)] = database.run("end_of_part", before=cursor, size=size)
+        found += _read(database, conditions, limit - len(found), _part(cursor, end), LONGEST_PART)
+        if len(found) > limit or end is None:
+            return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
+        cursor = end
+        if time.monotonic() > deadline:
+            return found, cursor, True
+        if time.monotonic() - began < 0.2:
+            size *= 2
+
+
+def _read(
+    database: db.Database, conditions: dict[str, dict[str, Any]], limit: int, part: dict[str, dict[str, Any]], seconds: float
+) -> list[db.Row]:
+    """Up to one row more than `limit`, of one part of the jobs."""
+    conditions = conditions | part
+    parameters = {name: value for each in conditions.values() for name, value in each.items()}
+    statement = db.STATEMENTS["jobs"].replace("{conditions}", " and ".join(conditions) or "true")
+    with database.connection() as connection, connection, connection.cursor() as cursor:
+        cursor.execute("select set_config('statement_timeout', %s, true)", [f"{seconds * 1000:.0f}"])
+        cursor.execute(statement, {**parameters, "limit": limit + 1})
+        return list(cursor.fetchall())
+
+
+def _part(before: str | None, end: str | None = None) -> dict[str, dict[str, Any]]:
+    """The jobs older than `before`, down to `end`."""
+    newer = {"id < %(before)s::uuid": {"before": before}} if before else {}
+    return newer | ({"id >= %(end)s::uuid": {"end": end}} if end else {})

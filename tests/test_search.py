@@ -1,0 +1,89 @@
+"""Looking for jobs where no index leads: in bounded time, and nothing left out."""
+
+from __future__ import annotations
+
+import psycopg2
+import pytest
+import webtest
+from conftest import execute
+
+from jobsys import search
+from jobsys.app import create_app
+from jobsys.errors import DatabaseUnavailable
+from jobsys.settings import Settings
+from jobsys.system import JobSystem
+
+RARE = 700
+
+
+@pytest.fixture
+def many(database_url: str) -> str:
+    """A database with 20,000 jobs, one in 700 of them of a type that the others aren't."""
+    execute(
+        database_url,
+        """
+        insert into jobs (type, queue, payload)
+        select case when n %% %s = 0 then 'RARE' else 'COMMON' end, 'default', jsonb_build_object('n', n) from generate_series(1, 20000) n
+        """,
+        RARE,
+    )
+    execute(database_url, "analyze jobs")
+    return database_url
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that finds nothing in its own way in time, and looks through little in one go."""
+    monkeypatch.setattr(search, "HASTE", 0.001)
+    monkeypatch.setattr(search, "TIME", 0.0)
+    monkeypatch.setattr(search, "FIRST_PART", 3000)
+
+
+def walk(system: JobSystem, **filters: object) -> tuple[list[int], list[int]]:
+    """The numbers of the jobs found, page by page, and the sizes of the pages that were cut short."""
+    found, short, cursor = [], [], None
+    while True:
+        page = system.jobs(**filters, cursor=cursor)  # type: ignore[arg-type]
+        found += [job.payload["n"] for job in page.jobs]
+        short += [len(page.jobs)] * page.cut_short
+        cursor = page.next_cursor
+        if cursor is None:
+            return found, short
+
+
+def test_a_search_that_takes_too_long_goes_on_from_page_to_page(many: str, hasty: None, system: JobSystem) -> None:
+    # What one statement inserts has ids in any order within a millisecond: the order is the ids'.
+    expected = [
+        n for (n,) in execute(many, "select (payload ->> 'n')::integer from jobs where payload::text like '%700}' order by id desc")
+    ]
+    found, short = walk(system, q="700}", limit=15)
+    assert found == expected
+    assert short and max(short) < 15
+    nothing, short = walk(system, q="nowhere", limit=15)
+    assert nothing == [] and set(short) == {0} and len(short) == 20000 // 3000
+
+
+def test_pages_are_full_where_the_time_permits(many: str, system: JobSystem) -> None:
+    found, short = walk(system, type="RARE", limit=5)
+    assert sorted(found) == list(range(RARE, 20001, RARE)) and short == []
+
+
+def test_what_is_given_up_is_given_up_in_the_database_too(many: str, system: JobSystem) -> None:
+    with pytest.raises(DatabaseUnavailable) as caught:
+        search._read(system.database, {"pg_sleep(1) is not null": {}}, 5, {}, 0.01)
+    assert isinstance(caught.value.__cause__, psycopg2.errors.QueryCanceled)
+    assert execute(
+        many, "select count(*) from pg_stat_activity where state = 'active' and query like '%pg_sleep(1)%' and pid <> pg_backend_pid()"
+    ) == [(0,)]
+    assert system.jobs(limit=3).jobs, "the connection is as it was"
+
+
+def test_the_list_and_the_page_say_that_there_may_be_more(many: str, hasty: None, settings: Settings, system: JobSystem) -> None:
+    web = webtest.TestApp(create_app(settings, system))
+    answer = web.get("/jobs", {"q": "nowhere"}).json
+    assert answer["jobs"] == [] and answer["nextCursor"]
+    page = web.get("/admin/ui/jobs", {"q": "nowhere"})
+    assert "No job matches so far" in page.text
+    while "Look further" in page.text:
+        page = page.click("Look further")
+    assert "There is nothing older" in page.text
