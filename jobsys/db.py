@@ -34,6 +34,9 @@ SQL = next(place for place in (Path(__file__).parent / "sql", Path(__file__).par
 
 LONGEST_TRANSACTION = 60.0
 """Seconds after which a transaction of several statements is cut, where connections are watched at all."""
+LONGEST_IDLE = 10.0
+"""Seconds that a transaction may wait for its next statement before PostgreSQL ends the session: a process that is stuck, or stopped, in
+the middle of one must not keep its locks."""
 UNREADABLE = "invalid dsn: DATABASE_URL is not an address such as postgresql://user:password@host:5432/name"
 NEVER_WORTH_REPEATING = (pg_errors.StatementTooComplex, pg_errors.ProgramLimitExceeded)
 
@@ -126,9 +129,9 @@ class Database:
         """A connection inside a transaction: committed when the block ends, rolled back when it raises. It waits for no lock longer than
         `lock_timeout`."""
         with self.connection(patience=LONGEST_TRANSACTION) as connection, connection:
-            if lock_timeout is not None:
-                with connection.cursor() as cursor:
-                    cursor.execute("select set_config('lock_timeout', %s, true)", (lock_timeout,))
+            with connection.cursor() as cursor:
+                bounds = {"idle_in_transaction_session_timeout": f"{LONGEST_IDLE:g}s", "lock_timeout": lock_timeout}
+                cursor.execute("; ".join(f"set local {name} = '{value}'" for name, value in bounds.items() if value is not None))
             yield connection
 
     @contextmanager

@@ -34,7 +34,7 @@ def search(
         found = _read(database, conditions, limit, _part(cursor), HASTE)
         return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
     except DatabaseUnavailable as error:
-        if not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
+        if not conditions or not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
             raise
     found, size, deadline = [], FIRST_PART, time.monotonic() + TIME
     while True:

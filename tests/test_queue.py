@@ -200,6 +200,18 @@ def test_a_worker_is_lost_when_its_session_is_gone_or_its_heart_is_silent(system
     assert lost(), "its session is gone and did not come back"
 
 
+def test_who_is_stuck_in_a_transaction_does_not_keep_its_locks(
+    system: JobSystem, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "LONGEST_IDLE", 0.3)
+    with pytest.raises(DatabaseUnavailable), system.database.transaction() as connection:
+        connection.cursor().execute("select from workers for update")
+        assert execute(database_url, "select from workers for update skip locked") == []
+        eventually(lambda: execute(database_url, "select id from workers for update skip locked"))
+        db.run(connection, "orphans")
+    assert system.database.run("orphans") == []
+
+
 def test_a_worker_that_was_declared_lost_claims_nothing(system: JobSystem, worker: Worker) -> None:
     system.submit("TEST_JOB")
     system.database.run("forget_worker", id=worker.id)
