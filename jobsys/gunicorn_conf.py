@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import sys
 from typing import Any
 
@@ -24,12 +25,21 @@ bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_
 workers = _settings.web_processes
 threads = _settings.web_threads
 worker_class = PatientWorker
+worker_connections = 2000  # half of them may wait for jobs
 keepalive = 65  # longer than a proxy in front keeps its connections, so that it is never answered with a reset
 graceful_timeout = math.ceil(_settings.shutdown_grace) or 1
 control_socket_disable = True
 logger_class = logs.gunicorn_logger_class()
 accesslog = None  # the application's own line says more
 proc_name = "jobsys web"
+
+
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+_needed = worker_connections + 200  # for the database, files and pipes
+if _soft != resource.RLIM_INFINITY and _soft < _needed:
+    _soft = _needed if _hard == resource.RLIM_INFINITY else min(_needed, _hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_soft, _hard))
+    worker_connections = _soft - 200
 
 
 def on_starting(server: Any) -> None:

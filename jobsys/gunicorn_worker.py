@@ -6,6 +6,8 @@ taken only once something has arrived, a request must arrive at a decent pace, a
 
 As it comes, one thread also hands each request to another and takes the connection back, and both want the interpreter's lock for it.
 Here the threads themselves wait for the next request, of whichever connection.
+
+And an application may say that it will answer later (`Exchange`). No thread waits for that either.
 """
 
 from __future__ import annotations
@@ -15,15 +17,19 @@ import errno
 import itertools
 import json
 import math
+import os
 import select
 import selectors
 import socket
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gunicorn import util
+from gunicorn.http import wsgi
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 PATIENCE, HURRY = 4.0, 1.5
@@ -34,6 +40,120 @@ LONGEST_SEND = 60.0
 """Seconds one piece of an answer may take to leave."""
 LINGER = 0.5
 """Seconds to wait, before closing, for a client that still sends: closing at once would cost it the answer."""
+
+
+class Exchange:
+    """A request that may be answered later: what is `jobsys.exchange` in its environ.
+
+    While the application answers, it can `postpone`. What it has answered then is not sent; from then on a thread calls `proceed` after
+    each `wake`, after what was sent has left, and once `over` is true: the client has gone, or the server ends. `proceed` either
+    answers, or sends a piece, or does nothing yet.
+    """
+
+    over = False
+    proceed: Callable[[], None] | None = None
+    # What follows is the server's. (Few requests need any of it, so it is the class's until then.)
+    connection: TConn = None
+    descriptor = -1
+    ended = False
+    woken = False
+    stuck_since = math.inf
+    _status = ""
+    _stays = False
+
+    def __init__(self, worker: PatientWorker, start_response: Callable[..., Any]) -> None:
+        self._worker = worker
+        self._start = start_response
+
+    def postpone(self, proceed: Callable[[], None]) -> bool:
+        """Answer later. False: there are too many of these already, or the server ends; then answer now."""
+        if not isinstance(self._response, wsgi.Response) or not self._worker.may_postpone():
+            return False
+        self.proceed = proceed
+        self.unsent = bytearray()
+        return True
+
+    def wake(self) -> None:
+        """Have `proceed` called. May be said by any thread, at any time."""
+        self._worker.keepalived_conns.wake(self)
+
+    def answer(self, body: bytes, status: str | None = None, headers: Iterable[tuple[str, str]] = ()) -> None:
+        """The whole answer: as it was begun, but with this status, these headers and this body."""
+        changed = {name.lower(): (name, value) for name, value in (*headers, ("Content-Length", str(len(body))))}
+        kept = [header for header in self._headers if header[0].lower() not in changed]
+        if not self._worker.alive:
+            self._response.force_close()
+        self._start(status or self._status, [*kept, *changed.values()])
+        self.ended = True
+        self._response.write(b"" if self._response.req.method == "HEAD" else body)
+        self._response.close()
+        self._stays = not self._response.should_close()
+
+    def send(self, piece: bytes) -> None:
+        """A piece of an answer of unknown length. The next one is due after this one has left, when `proceed` is called again."""
+        if self._response.status is None:
+            self._response.force_close()
+            self._response.sock = self
+            self._start(self._status, [header for header in self._headers if header[0].lower() != "content-length"])
+        self._response.write(piece)
+
+    def end(self) -> None:
+        """The end of what was sent in pieces."""
+        self.ended = True
+        if self._response.status is not None:
+            self._response.close()
+
+    # The server's side
+
+    @property
+    def _response(self) -> Any:
+        return self._start.__self__  # type: ignore[attr-defined]
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """WSGI's; what is answered later is kept."""
+        if self.proceed is None:
+            return self._start(status, headers, exc_info)
+        self._status, self._headers = status, headers
+        return self._response.write
+
+    def refused_after_all(self) -> bool:
+        """Whether the application postponed its answer and then met an error, which is its answer."""
+        if self._status.startswith("2"):
+            return False
+        self.proceed = None
+        self._worker.count_postponed(-1)
+        self._start(self._status, self._headers)
+        return True
+
+    def sendall(self, data: bytes) -> None:
+        """A socket's, for gunicorn to write to: nobody waits for the client here."""
+        self.unsent += data
+
+    def flush(self) -> bool:
+        """Send what can be sent at once. True: all of it."""
+        if not self.unsent:
+            return True
+        self.connection.sock.setblocking(False)
+        try:
+            while self.unsent:
+                del self.unsent[: self.connection.sock.send(self.unsent)]
+        except BlockingIOError:
+            self.stuck_since = min(self.stuck_since, time.monotonic())
+            return False
+        self.stuck_since = math.inf
+        return True
+
+    def stays(self) -> bool:
+        """Whether the connection, after the answer, is good for another request."""
+        self.connection.sock.deadline = time.monotonic() + HURRY
+        return self._stays and bool(self.connection.parser.finish_body(deadline=self.connection.sock.deadline))
+
+
+class Postponed(BaseException):
+    """Carries an Exchange past all of gunicorn's handlers: nothing is answered now."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
 
 
 class PatientSocket(socket.socket):
@@ -58,22 +178,28 @@ class PatientSocket(socket.socket):
 if sys.platform == "linux":
 
     class Readable:
-        """Says of each watched descriptor once, and to one thread, that it has something to read."""
+        """Says of each watched descriptor once, and to one thread, that it has something to read, or that for which it is watched."""
 
         ONCE = select.EPOLLIN | select.EPOLLONESHOT
+        GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
         def __init__(self) -> None:
             self._epoll = select.epoll()
 
-        def watch(self, descriptor: int) -> None:
+        def watch(self, descriptor: int, events: int = ONCE) -> None:
             try:
-                self._epoll.modify(descriptor, self.ONCE)
+                self._epoll.modify(descriptor, events)
             except FileNotFoundError:
-                self._epoll.register(descriptor, self.ONCE)
+                self._epoll.register(descriptor, events)
 
-        def next(self) -> int:
-            [(descriptor, _)] = self._epoll.poll(None, 1)
-            return descriptor
+        def watch_for_end(self, descriptor: int, *, writable: bool) -> None:
+            """Whether its client has gone; and, if asked, whether it takes more."""
+            self.watch(descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT | (select.EPOLLOUT if writable else 0))
+
+        def next(self) -> tuple[int, bool]:
+            """The descriptor, and whether its client has gone, as far as one sees."""
+            [(descriptor, events)] = self._epoll.poll(None, 1)
+            return descriptor, bool(events & self.GONE)
 
 else:
 
@@ -87,21 +213,36 @@ else:
             once = select.kevent(descriptor, select.KQ_FILTER_READ, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
             self._kqueue.control([once], 0)
 
-        def next(self) -> int:
+        def watch_for_end(self, descriptor: int, *, writable: bool) -> None:
+            # However much there is to read, only the end is told.
+            flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
+            events = [select.kevent(descriptor, select.KQ_FILTER_READ, flags, select.KQ_NOTE_LOWAT, 2**31 - 1)]
+            if writable:
+                events.append(select.kevent(descriptor, select.KQ_FILTER_WRITE, flags))
+            self._kqueue.control(events, 0)
+
+        def next(self) -> tuple[int, bool]:
             [event] = self._kqueue.control([], 1, None)
-            return int(event.ident)
+            return int(event.ident), bool(event.flags & select.KQ_EV_EOF)
 
 
 class Idle:
-    """Connections that wait for a request of their client's. Each thread takes for itself one that has something to read."""
+    """Connections that wait: for a request of their client's, or for a later answer. Each thread takes for itself one that goes on."""
 
     def __init__(self) -> None:
         self._readable = Readable()
         self._connections: dict[int, TConn] = {}
         """By file descriptor, in the order in which they became idle."""
+        self._later: dict[int, Exchange] = {}
+        """By file descriptor, too. Whoever removes one, with the lock, has it and its connection for himself."""
+        self._lock = threading.Lock()
+        self._ready: deque[Exchange] = deque()
+        self._bell, self._rope = os.pipe()
+        os.set_blocking(self._rope, False)
+        self._readable.watch(self._bell)
 
     def __len__(self) -> int:
-        return len(self._connections)
+        return len(self._connections) + len(self._later)
 
     def add(self, connection: TConn) -> None:
         """Wait for its next request."""
@@ -112,12 +253,50 @@ class Idle:
         with contextlib.suppress(OSError):
             self._readable.watch(descriptor)
 
-    def take(self) -> TConn:
-        """Wait until one of them has something to read; it is the caller's then."""
+    def add_exchange(self, exchange: Exchange) -> None:
+        """Wait until it goes on. From here on it may be another thread's."""
+        with self._lock:
+            if exchange.over or (exchange.woken and not exchange.unsent):
+                self._make_ready(exchange)
+            else:
+                self._later[exchange.descriptor] = exchange
+                self._readable.watch_for_end(exchange.descriptor, writable=bool(exchange.unsent))
+
+    def wake(self, exchange: Exchange, *, over: bool = False) -> None:
+        """It goes on: now, or once what was sent has left. And `over` is not waited with."""
+        with self._lock:
+            exchange.woken = True
+            exchange.over = exchange.over or over
+            if self._later.get(exchange.descriptor) is exchange and (exchange.over or not exchange.unsent):
+                del self._later[exchange.descriptor]
+                self._make_ready(exchange)
+
+    def end_exchanges(self, stuck_since: float = math.inf) -> None:
+        """It is over for all; or for those that have been stuck since then."""
+        for exchange in list(self._later.values()):
+            if stuck_since == math.inf or exchange.stuck_since < stuck_since:
+                self.wake(exchange, over=True)
+
+    def take(self) -> TConn | Exchange:
+        """Wait until one of them goes on; it is the caller's then."""
         while True:
-            connection = self._connections.pop(self._readable.next(), None)
+            descriptor, gone = self._readable.next()
+            connection = self._connections.pop(descriptor, None)
             if connection is not None:
                 return connection
+            if descriptor == self._bell:
+                os.read(self._bell, 1)
+                exchange = self._ready.popleft()
+                self._readable.watch(self._bell)
+                return exchange
+            with self._lock:
+                if (taken := self._later.pop(descriptor, None)) is not None:
+                    taken.over = taken.over or gone
+                    return taken
+
+    def _make_ready(self, exchange: Exchange) -> None:
+        self._ready.append(exchange)
+        os.write(self._rope, b"!")
 
     def take_late(self, moment: float) -> list[TConn]:
         """Those whose time for another request is over at that moment, and that have sent none; they are the caller's then."""
@@ -133,6 +312,9 @@ class Idle:
 class PatientWorker(ThreadWorker):
     """The worker class of `gunicorn_conf`. The main thread accepts, and closes what stays idle for too long; the others serve."""
 
+    alive: bool
+    wsgi: Any
+
     def accept(self, listener: Any) -> None:
         try:
             accepted, address = listener.accept()
@@ -146,8 +328,25 @@ class PatientWorker(ThreadWorker):
         self._count_connections(1)
         self.keepalived_conns.add(connection)
 
-    def run(self) -> None:
+    def init_process(self) -> None:
         self._counting = threading.Lock()
+        self._postponed = 0
+        super().init_process()
+
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        self._application = self.wsgi
+        self.wsgi = self._call
+
+    def may_postpone(self) -> bool:
+        """Whether one more answer may come later: half of the connections remain for requests that are answered at once."""
+        with self._counting:
+            if not self.alive or self._postponed >= self.worker_connections // 2:
+                return False
+            self._postponed += 1
+            return True
+
+    def run(self) -> None:
         self.keepalived_conns = Idle()  # gunicorn has a deque of this name, and looks at its length
         self.poller.register(self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks)
         for _ in range(self.cfg.threads):
@@ -157,7 +356,10 @@ class PatientWorker(ThreadWorker):
             self.set_accept_enabled(self.nr_conns < self.worker_connections)
             self.wait_for_and_dispatch_events(1.0)
             self._close_late(time.monotonic())
+            self.keepalived_conns.end_exchanges(stuck_since=time.monotonic() - LONGEST_SEND)
+        self.alive = False
         self.set_accept_enabled(False)
+        self.keepalived_conns.end_exchanges()
         began = time.monotonic()
         while self.nr_conns > 0 and time.monotonic() < began + self.cfg.graceful_timeout:
             self.notify()
@@ -170,7 +372,12 @@ class PatientWorker(ThreadWorker):
     def handle(self, conn: TConn) -> Any:
         taken = self.nr_conns - len(self.keepalived_conns)
         conn.sock.deadline = time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY)
-        keep = super().handle(conn)
+        try:
+            keep = super().handle(conn)
+        except Postponed as postponed:
+            exchange = postponed.exchange
+            exchange.connection, exchange.descriptor = conn, conn.sock.fileno()
+            return exchange
         if keep is False and not conn.sock.late:
             conn.sock.deadline = time.monotonic() + LINGER
             util.close_graceful(conn.sock, timeout=LINGER)
@@ -178,17 +385,60 @@ class PatientWorker(ThreadWorker):
 
     def _serve(self) -> None:
         while True:
-            connection = self.keepalived_conns.take()
+            taken = self.keepalived_conns.take()
+            connection = taken.connection if isinstance(taken, Exchange) else taken
             try:
+                keep = self._resume(taken) if isinstance(taken, Exchange) else self.handle(connection)
                 # Of a client that doesn't wait for answers, the next request may have been read along with this one.
-                while (keep := self.handle(connection)) and connection.parser.unreader.buf.getvalue():
-                    pass
+                while keep is True and connection.parser.unreader.buf.getvalue():
+                    keep = self.handle(connection)
+                if isinstance(keep, Exchange):
+                    self._wait_with(keep)
+                    continue
                 if keep:
                     self.keepalived_conns.add(connection)
                     continue
             except BaseException:  # also SystemExit: the thread has others to serve
                 self.log.exception("a connection ended badly")
             self._end(connection)
+
+    def _call(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """The application, which may postpone its answer."""
+        exchange = Exchange(self, start_response)
+        environ["jobsys.exchange"] = exchange
+        answer = self._application(environ, exchange.start_response)
+        if exchange.proceed is None or exchange.refused_after_all():
+            return answer
+        raise Postponed(exchange)
+
+    def _wait_with(self, exchange: Exchange) -> None:
+        self.keepalived_conns.add_exchange(exchange)
+        if not self.alive:  # perhaps the others had been woken just before
+            self.keepalived_conns.wake(exchange, over=True)
+
+    def _resume(self, exchange: Exchange) -> Any:
+        """Go on with an exchange; itself when it waits again, else whether the connection stays."""
+        stays, again = False, False
+        try:
+            sent = exchange.flush()
+            if not exchange.ended and (sent or exchange.over):
+                exchange.woken = False
+                exchange.proceed()  # type: ignore[misc]
+                sent = exchange.flush()
+            again = not ((sent and exchange.ended) or exchange.over)
+            stays = not again and exchange.stays()
+        except OSError:  # the client has gone
+            if not exchange.ended:
+                exchange.over = True
+                exchange.proceed()  # type: ignore[misc]
+        finally:
+            if not again:
+                self.count_postponed(-1)
+        return exchange if again else stays
+
+    def count_postponed(self, change: int) -> None:
+        with self._counting:
+            self._postponed += change
 
     def _end(self, connection: TConn) -> None:
         connection.close()
