@@ -295,6 +295,11 @@ class JobSystem:
             time.sleep(min(pause, left))
             pause = min(pause * 1.3, 0.25)
 
+    def unfinished(self, job_ids: Iterable[str]) -> set[str]:
+        """Those of these jobs that have not ended. Who is missing has, or there is no such job."""
+        ids = list(job_ids)
+        return {job_id for (job_id,) in self.database.run("unfinished_jobs", ids=ids)} if ids else set()
+
     def group(self, group_id: str) -> list[JobRecord]:
         """The jobs of a group, in the order they were submitted; [] when there is no such group."""
         return [_record(row) for row in self.database.run("group", group_id=group_id)] if is_job_id(group_id) else []

@@ -24,6 +24,7 @@ class Envelope:
         """Give the request its id: the caller's, when it is a sane one."""
         context = req.context
         context.began = time.perf_counter()
+        context.postponed = False
         context.user = None
         wish = req.get_header("X-Request-ID")
         context.id = wish if wish and _SANE_ID.fullmatch(wish) else os.urandom(8).hex()
@@ -41,8 +42,14 @@ class Envelope:
             resp.set_header("Cache-Control", "no-store")
         if req.scheme == "https":
             resp.set_header("Strict-Transport-Security", "max-age=31536000")
+        if req.context.postponed:
+            req.context.at_end = self._end
+        else:
+            self._end(req, resp.status_code)
+
+    def _end(self, req: falcon.Request, status: int) -> None:
         milliseconds = round((time.perf_counter() - req.context.began) * 1000, 1)
-        log.info("request", method=req.method, path=req.path, status=resp.status_code, ms=milliseconds, request_id=req.context.id)
+        log.info("request", method=req.method, path=req.path, status=status, ms=milliseconds, request_id=req.context.id)
 
 
 class Router(CompiledRouter):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-import threading
 from pathlib import Path
 from typing import IO, Any
 
 import falcon
 
-from jobsys.api import body, filters, wire
+from jobsys.api import body, filters, waiting, wire
 from jobsys.api.problem import Problem
+from jobsys.api.waiting import Waits
 from jobsys.errors import InvalidSubmission
 from jobsys.system import JobRecord, JobSystem
 
@@ -46,12 +46,11 @@ class Job:
 
     def __init__(self, system: JobSystem) -> None:
         self._system = system
-        # Whoever waits holds a thread; half of them stay free for those who don't.
-        self._waiting = threading.Semaphore(max(1, system.settings.web_threads // 2))
+        self._waits = Waits(system)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Answer the job as it is; with `?wait=` as soon as it is finished, or as it is then."""
-        resp.media = wire.job(self._await(job_id, filters.wait(req)))
+        resp.media = wire.job(waiting.for_job(self._waits, req, resp, job_id, filters.wait(req)))
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Cancel what is unfinished and remove the record."""
@@ -80,14 +79,6 @@ class Job:
         resp.content_type = "text/csv; charset=utf-8"
         resp.downloadable_as = _download_name(job)
         resp.set_stream(file, os.fstat(file.fileno()).st_size)
-
-    def _await(self, job_id: str, seconds: float) -> JobRecord:
-        if seconds and self._waiting.acquire(blocking=False):
-            try:
-                return self._system.wait(job_id, seconds)
-            finally:
-                self._waiting.release()
-        return self._system.job(job_id)
 
 
 def accept(resp: falcon.Response, job: JobRecord) -> None:

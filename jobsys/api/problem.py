@@ -33,10 +33,21 @@ def add_to(app: falcon.App) -> None:
     """Make every error of `app` a problem: ours, Falcon's, and those nobody thought of."""
     app.set_error_serializer(_write)
     app.add_error_handler(Exception, _unforeseen)
-    app.add_error_handler(JobNotFound, _not_found)
-    app.add_error_handler(WrongState, _wrong_state)
-    app.add_error_handler(InvalidSubmission, _invalid)
-    app.add_error_handler(DatabaseUnavailable, _unavailable)
+    for kind, handle in _HANDLERS.items():
+        app.add_error_handler(kind, handle)
+
+
+def answer(req: falcon.Request, error: Exception) -> tuple[bytes, int, list[tuple[str, str]]]:
+    """What `error` is to the client, for whoever answers when Falcon no longer does: body, status and headers."""
+    handle = next((_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS), _unforeseen)
+    resp = falcon.Response()
+    try:
+        handle(req, resp, error, {})
+    except Problem as found:
+        _write(req, resp, found)
+        headers = {"Content-Type": str(resp.content_type), **dict(found.headers or {})}
+        return resp.data or b"", found.status_code, list(headers.items())
+    raise AssertionError(f"{handle} raises a Problem")
 
 
 def _write(req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError) -> None:
@@ -72,3 +83,11 @@ def _unavailable(_req: falcon.Request, _resp: falcon.Response, error: DatabaseUn
 def _unforeseen(req: falcon.Request, _resp: falcon.Response, error: Exception, _params: dict[str, Any]) -> None:
     log.error("request failed", method=req.method, path=req.path, request_id=req.context.id, exc_info=error)
     raise Problem(500, f"something went wrong in the server; its log has this as request {req.context.id}")
+
+
+_HANDLERS: dict[type[Exception], Any] = {
+    JobNotFound: _not_found,
+    WrongState: _wrong_state,
+    InvalidSubmission: _invalid,
+    DatabaseUnavailable: _unavailable,
+}
