@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from jobsys.errors import SettingsError
+from jobsys.outgoing import names_private_address
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -93,6 +94,9 @@ class Settings(BaseSettings):
 
     ingest_rate: Rate = Field((1, 5.0), description="Pace of ingestion batches over all workers: n/period, evenly spaced; 0 is unlimited.")
     ingest_batch_size: Count = Field(3, description="Ids per ingestion batch.")
+    ingest_allow_private: bool = Field(
+        False, description="`1` permits INGEST_URL, and what it redirects to, to lead to addresses that are not public."
+    )
     ingest_url: str | None = Field(None, description="URL template with `{id}` that ingestion fetches. Unset: nothing is fetched.")
 
     retention_days: int = Field(30, ge=0, description="Finished jobs are removed after this many days; 0 keeps all.")
@@ -137,11 +141,15 @@ class Settings(BaseSettings):
 
     @field_validator("ingest_url")
     @classmethod
-    def _has_place_for_id(cls, value: str | None) -> str | None:
-        if value is not None and ("{id}" not in value or not value.startswith(("http://", "https://"))):
+    def _may_be_fetched(cls, value: str | None, info: Any) -> str | None:
+        if value is None:
+            return None
+        if "{id}" not in value or not value.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https:// and contain {id}")
-        if value is not None and "@" in value.split("/")[2]:
+        if "@" in value.split("/")[2]:
             raise ValueError("must not contain a user or password")
+        if not info.data.get("ingest_allow_private") and names_private_address(value):
+            raise ValueError("names an address that is not public: set INGEST_ALLOW_PRIVATE=1 if that is meant")
         return value
 
     @property

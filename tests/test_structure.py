@@ -10,7 +10,7 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "ids", "interrupt"},
+    {"errors", "ids", "interrupt", "outgoing"},
     {"settings"},
     {"logs", "local", "db", "search"},
     {"migrations"},
@@ -78,4 +78,4 @@ def test_the_api_and_the_admin_ui_do_not_know_each_other() -> None:
 
 @pytest.mark.parametrize("path", sorted((CHECKOUT / "jobsys" / "jobs").glob("[a-z]*.py")), ids=lambda path: path.stem)
 def test_a_job_type_that_ships_knows_only_what_a_job_needs(path: Path) -> None:
-    assert imports(path) <= {"jobs", "job_types", "errors", "settings"}
+    assert imports(path) <= {"jobs", "job_types", "errors", "settings", "outgoing"}

@@ -6,22 +6,20 @@ job's own backoff, fetches the whole batch: nothing is kept between attempts.
 
 from __future__ import annotations
 
-import functools
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from jobsys import GiveUp, Job, Payload, job
+from jobsys import GiveUp, Job, Payload, job, outgoing
 from jobsys.job_types import encode
 from jobsys.jobs import settings
 
 TIMEOUT = 10.0
-"""Seconds to wait for a connection, and for each next part of an answer."""
+"""Seconds to wait for a connection, and for each next part of an answer…"""
+TOTAL = 60.0
+"""…and for all of it, redirects included."""
 PAUSES = (0.5, 1.0)
 """Seconds before the ids that failed are fetched again, each time."""
 ANSWER_BYTES = 1_000_000
@@ -80,43 +78,12 @@ def _named(failed: dict[int, Exception]) -> str:
 def _fetch(url: str) -> tuple[Any, int]:
     """What a GET of `url` answers, as JSON when it says it is JSON and else as text, and its length in bytes.
 
-    Raises an exception for any status but 2xx, an answer that is too long or breaks off, and one that can't be stored.
+    Raises an exception for whatever `outgoing.get` does, and for an answer that can't be stored.
     """
-    request = urllib.request.Request(url, headers={"Accept": "application/json, */*;q=0.5", "User-Agent": "jobsys"})
-    try:
-        with _opener().open(request, timeout=TIMEOUT) as response:
-            body = response.read(ANSWER_BYTES + 1)
-            if len(body) > ANSWER_BYTES:
-                raise ValueError(f"the answer is longer than {ANSWER_BYTES:,} bytes")
-            if response.length:  # what the announced length still lacks; read(n) says nothing of it
-                raise http.client.IncompleteRead(body, response.length)
-            kind, charset = response.headers.get_content_type(), response.headers.get_content_charset("utf-8")
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise OSError(f"HTTP {error.code} {error.reason}") from None
+    private = settings().ingest_allow_private
+    body, kind, charset = outgoing.get(url, most_bytes=ANSWER_BYTES, timeout=TIMEOUT, total=TOTAL, allow_private=private)
     if kind != "application/json" and not kind.endswith("+json"):
         return body.decode(charset, errors="replace").replace("\0", "\ufffd"), len(body)
     data = json.loads(body)
     encode(data)
     return data, len(body)
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = 5
-
-
-@functools.lru_cache(maxsize=1)
-def _opener() -> urllib.request.OpenerDirector:
-    """urllib's own, less the ways of following a redirect to anything but http and https."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        _Redirects,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    return opener
