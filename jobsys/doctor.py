@@ -492,12 +492,12 @@ class Doctor:
         where = f"{chosen.smtp_host}:{chosen.smtp_port}"
         try:
             context = ssl.create_default_context()
-            if chosen.smtp_tls == "tls":
+            if chosen.mail_tls == "tls":
                 server: smtplib.SMTP = smtplib.SMTP_SSL(chosen.smtp_host, chosen.smtp_port, timeout=PATIENCE, context=context)
             else:
                 server = smtplib.SMTP(chosen.smtp_host, chosen.smtp_port, timeout=PATIENCE)
             with server:
-                if chosen.smtp_tls == "starttls":
+                if chosen.mail_tls == "starttls":
                     server.starttls(context=context)
                 server.ehlo_or_helo_if_needed()
                 if chosen.smtp_user and not server.has_extn("auth"):
@@ -505,10 +505,10 @@ class Doctor:
         except (OSError, smtplib.SMTPException) as error:
             yield problem(
                 f"mail server {where} can't be used: {getattr(error, 'strerror', None) or _first_line(error)}",
-                f"nc -vz {chosen.smtp_host} {chosen.smtp_port}  (does it listen? do SMTP_PORT and SMTP_TLS={chosen.smtp_tls} fit it?)",
+                f"nc -vz {chosen.smtp_host} {chosen.smtp_port}  (does it listen? do SMTP_PORT and SMTP_TLS={chosen.mail_tls} fit it?)",
             )
             return
-        yield ok(f"mail server {where} answers, TLS: {chosen.smtp_tls}")
+        yield ok(f"mail server {where} answers, TLS: {chosen.mail_tls}")
 
     # How they ask, and what they say
 

@@ -6,6 +6,7 @@ a test says `Settings(port=0)`. The names are those of the variables in lower ca
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +47,14 @@ def rate(value: Any) -> tuple[int, float]:
     return (int(match[1]), period)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether `host`, an address or a name, is this machine as only it can reach itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in LOOPBACK
+
+
 Duration = Annotated[float, BeforeValidator(seconds)]
 Rate = Annotated[tuple[int, float], NoDecode, BeforeValidator(lambda value: value if isinstance(value, tuple) else rate(value))]
 Count = Annotated[int, Field(ge=1)]
@@ -69,7 +78,10 @@ class Settings(BaseSettings):
     smtp_port: Port = Field(1025, description="Port of the mail server.")
     smtp_user: str | None = Field(None, description="User name at the mail server.")
     smtp_password: str | None = Field(None, repr=False, description="Password at the mail server.")
-    smtp_tls: str = Field("none", description="`none`, `starttls` or `tls`; certificates are verified.")
+    smtp_tls: str | None = Field(
+        None,
+        description="`starttls`, `tls` or `none`; certificates are verified. Unset: `starttls`, but `none` for a server on this machine.",
+    )
     mail_from: str = Field("jobsys@localhost", description="Sender of every mail.")
 
     admin_user: str | None = Field(None, description="User name for `/admin/*` (HTTP Basic).")
@@ -125,12 +137,22 @@ class Settings(BaseSettings):
 
     @field_validator("smtp_tls", "log_level")
     @classmethod
-    def _known_word(cls, value: str, info: Any) -> str:
+    def _known_word(cls, value: str | None, info: Any) -> str | None:
+        if value is None:
+            return None
         words = {"smtp_tls": ("none", "starttls", "tls"), "log_level": ("DEBUG", "INFO", "WARNING", "ERROR")}[info.field_name]
         for word in words:
             if value.lower() == word.lower():
                 return word
         raise ValueError(f'"{value}" is not one of {", ".join(words)}')
+
+    @field_validator("smtp_tls")
+    @classmethod
+    def _tells_nobody_the_password(cls, value: str | None, info: Any) -> str | None:
+        host = info.data.get("smtp_host")
+        if value == "none" and info.data.get("smtp_user") and host and not is_loopback(host):
+            raise ValueError(f"`none` would send SMTP_PASSWORD to {host} in the clear; use starttls or tls")
+        return value
 
     @field_validator("mail_from")
     @classmethod
@@ -151,6 +173,11 @@ class Settings(BaseSettings):
         if not info.data.get("ingest_allow_private") and names_private_address(value):
             raise ValueError("names an address that is not public: set INGEST_ALLOW_PRIVATE=1 if that is meant")
         return value
+
+    @property
+    def mail_tls(self) -> str:
+        """How mail is sent: `none`, `starttls` or `tls`."""
+        return self.smtp_tls or ("none" if is_loopback(self.smtp_host or "127.0.0.1") else "starttls")
 
     @property
     def admin_credentials(self) -> tuple[str, str] | None:

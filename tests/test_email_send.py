@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import smtplib
 import socket
 import socketserver
 import ssl
@@ -23,9 +24,10 @@ import pytest
 from aiosmtpd.smtp import SMTP, AuthResult
 
 from jobsys import GiveUp, Job
-from jobsys.errors import InvalidSubmission
+from jobsys.errors import InvalidSubmission, SettingsError
 from jobsys.job_types import registry
 from jobsys.jobs import email, settings
+from jobsys.settings import Settings
 
 JOB_ID = "019aaaaa-0000-7000-8000-0000000e3a11"
 HELLO = {"to": "ada@example.test", "subject": "Hello", "body": "It works."}
@@ -49,6 +51,38 @@ BTADAQH/MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQUz4VkM0968i4Dh3/Mv7zn
 -----END CERTIFICATE-----
 """
 
+# made for these tests: an authority, and a certificate of mail.example that it signed
+AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBYDCCAQegAwIBAgIBATAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxqb2JzeXMg
+dGVzdHMwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBcxFTATBgNV
+BAMMDGpvYnN5cyB0ZXN0czBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDgWOmVK
+gZAQQ1ojNqFYPB2naQp71uVDqNScIpBCXvORSWh0Ln9L5NEa+ZFtt4Zi/0liNRVu
+GM3pDDfuOl0Py1+jQjBAMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgEG
+MB0GA1UdDgQWBBSAz3xsrMkwozJPg17/qlB1b2pTBDAKBggqhkjOPQQDAgNHADBE
+AiBAM15fb6f3EWmDdCDESpHhUMU8it2oXA6VmDao6U/87wIgDDKKBeDeRgiad4qz
+RbM1EJhvZph3sIlB0UGA9xbgodU=
+-----END CERTIFICATE-----
+"""
+SIGNED = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgK2zd53vr0nGSnEPT
+ucvxWcAvfd5JUBJuODCtS92f+M+hRANCAAQ1aCJw/vWc+AMxgb60T2Eg5ti5Piye
+tRE6Sm8Cu362qopD6C+NrmK8hJMrCqRHX9XvjX1mWlmzdDvYXy01riz2
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBhDCCASugAwIBAgIBAjAKBggqhkjOPQQDAjAXMRUwEwYDVQQDDAxqb2JzeXMg
+dGVzdHMwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBcxFTATBgNV
+BAMMDG1haWwuZXhhbXBsZTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABDVoInD+
+9Zz4AzGBvrRPYSDm2Lk+LJ61ETpKbwK7fraqikPoL42uYryEkysKpEdf1e+NfWZa
+WbN0O9hfLTWuLPajZjBkMAkGA1UdEwQCMAAwFwYDVR0RBBAwDoIMbWFpbC5leGFt
+cGxlMB8GA1UdIwQYMBaAFIDPfGysyTCjMk+DXv+qUHVvalMEMB0GA1UdDgQWBBSw
+epP4X3S2DCRIKcge8NnzHgCd6jAKBggqhkjOPQQDAgNHADBEAiAYpFF1rNBWjtT1
+zB6V40TOFh0yL8PWK5GI8hdqWUsMnAIgUwTcpKYiaNFdScIqnzM+UZB8a15cGxxb
+HZLIeavw4HM=
+-----END CERTIFICATE-----
+"""
+
 
 class MailServer:
     """An aiosmtpd server on a free port. `answers` holds what it says next instead of yes, by "MAIL", "DATA" or recipient."""
@@ -57,6 +91,7 @@ class MailServer:
         self.answers: dict[str, list[str]] = {}
         self.envelopes: list[Any] = []
         self.peers: list[Any] = []
+        self.sessions: list[Any] = []
         self._loop = asyncio.new_event_loop()
         self._sessions: list[SMTP] = []
         self._server = self._loop.run_until_complete(
@@ -106,6 +141,7 @@ class MailServer:
             return self.answers["DATA"].pop(0)
         self.envelopes.append(envelope)
         self.peers.append(session.peer)
+        self.sessions.append(session)
         return "250 OK"
 
 
@@ -564,9 +600,82 @@ def test_nothing_is_sent_to_a_server_whose_certificate_is_not_trusted(secure: tu
 
 def test_nothing_is_sent_in_the_clear_when_the_server_offers_no_starttls(server: MailServer, use: Use) -> None:
     use(server, SMTP_TLS="starttls")
-    with pytest.raises(OSError, match="STARTTLS"):
+    with pytest.raises(OSError, match=f"the mail server 127.0.0.1:{server.port} offers no STARTTLS, and nothing was sent"):
         send()
     assert server.envelopes == []
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mail.example and any other name lead to this machine."""
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **options: lookup("127.0.0.1", *rest, **options))
+
+
+@pytest.fixture
+def remote(tmp_path: Path, elsewhere: None) -> Iterator[MailServer]:
+    """A server that offers STARTTLS with a certificate of mail.example, and takes mail without."""
+    (tmp_path / "signed.pem").write_text(SIGNED)
+    (tmp_path / "authority.pem").write_text(AUTHORITY)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "signed.pem")
+    with contextlib.closing(MailServer(tls_context=context, authenticator=authenticate, auth_require_tls=True)) as server:
+        yield server
+
+
+def test_to_another_machine_mail_goes_over_tls_unless_said_otherwise(
+    remote: MailServer, use: Use, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(remote, SMTP_HOST="mail.example", SMTP_USER="mailer", SMTP_PASSWORD="right")
+    with pytest.raises(
+        ssl.SSLCertVerificationError, match=rf"mail\.example:{remote.port} is not valid: unable to get local issuer.+SSL_CERT_FILE"
+    ):
+        send()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    send()
+    assert [bool(session.ssl) for session in remote.sessions] == [True]
+    use(remote, SMTP_HOST="other.example")
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"Hostname mismatch, certificate is not valid for 'other.example'$"):
+        send()
+    assert len(remote.envelopes) == 1
+
+
+def test_who_takes_the_offer_of_tls_out_of_the_answer_gets_nothing(raw: Callable[..., RawServer], use: Use, elsewhere: None) -> None:
+    server = raw(EHLO=b"250-mail.example\r\n250 AUTH PLAIN LOGIN")
+    use(server, SMTP_HOST="mail.example", SMTP_USER="mailer", SMTP_PASSWORD="hush")
+    with pytest.raises(smtplib.SMTPNotSupportedError, match="offers no STARTTLS, and nothing was sent"):
+        send()
+    assert not {"AUTH", "MAIL"} & set(server.heard)
+
+
+@pytest.mark.parametrize("how", ["tls", "starttls"])
+def test_a_server_that_does_not_speak_tls_is_named(raw: Callable[..., RawServer], use: Use, how: str) -> None:
+    use(raw(EHLO=b"250-raw\r\n250 STARTTLS", STAR=b"220 go ahead\r\nno TLS at all"), SMTP_TLS=how)
+    with pytest.raises(OSError, match=rf"the mail server 127\.0\.0\.1:\d+ does not speak TLS as asked \(SMTP_TLS={how}\)"):
+        send()
+
+
+@pytest.mark.parametrize(
+    ("values", "how"),
+    [
+        ({}, "none"),
+        ({"smtp_host": "127.0.0.1"}, "none"),
+        ({"smtp_host": "localhost", "smtp_user": "bob", "smtp_tls": "none"}, "none"),
+        ({"smtp_host": "::1"}, "none"),
+        ({"smtp_host": "mail"}, "starttls"),
+        ({"smtp_host": "10.0.0.1", "smtp_user": "bob"}, "starttls"),
+        ({"smtp_host": "127.0.0.1", "smtp_tls": "starttls"}, "starttls"),
+        ({"smtp_host": "mail.example", "smtp_tls": "none"}, "none"),
+        ({"smtp_host": "mail.example", "smtp_tls": "TLS"}, "tls"),
+    ],
+)
+def test_tls_is_the_default_for_any_server_but_this_machines(values: dict[str, str], how: str) -> None:
+    assert Settings(_env_file=None, **values).mail_tls == how
+
+
+def test_a_password_is_not_sent_to_another_machine_in_the_clear() -> None:
+    with pytest.raises(SettingsError, match=r"^SMTP_TLS: `none` would send SMTP_PASSWORD to mail.example in the clear"):
+        Settings(_env_file=None, smtp_host="mail.example", smtp_user="bob", smtp_password="hush", smtp_tls="none")
 
 
 def authenticate(server: Any, session: Any, envelope: Any, mechanism: str, credentials: Any) -> AuthResult:

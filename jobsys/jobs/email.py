@@ -221,15 +221,17 @@ def _connect() -> _Connection:
     chosen = settings()
     host, port = chosen.smtp_host or "127.0.0.1", chosen.smtp_port
     try:
-        if chosen.smtp_tls == "tls":
+        if chosen.mail_tls == "tls":
             connection: _Connection = _TlsConnection(host, port, timeout=CONNECT_TIMEOUT, context=ssl.create_default_context())
         else:
             connection = _Connection(host, port, timeout=CONNECT_TIMEOUT)
     except (ConnectionRefusedError, TimeoutError, socket.gaierror) as error:
         raise type(error)(f"the mail server {host}:{port} (SMTP_HOST, SMTP_PORT) can't be reached: {error}") from error
+    except ssl.SSLError as error:
+        raise _untrusted(error) from error
     try:
-        if chosen.smtp_tls == "starttls":
-            connection.starttls(context=ssl.create_default_context())
+        if chosen.mail_tls == "starttls":
+            _start_tls(connection)
         if chosen.smtp_user:
             connection.login(chosen.smtp_user, chosen.smtp_password or "")
         if connection.sock is not None:
@@ -238,3 +240,24 @@ def _connect() -> _Connection:
         connection.close()
         raise
     return connection
+
+
+def _start_tls(connection: _Connection) -> None:
+    try:
+        connection.starttls(context=ssl.create_default_context())
+    except smtplib.SMTPNotSupportedError:
+        # It has no TLS, or somebody on the way took the offer out of its answer.
+        raise smtplib.SMTPNotSupportedError(
+            f"the mail server {settings().smtp_host}:{settings().smtp_port} offers no STARTTLS, and nothing was sent: "
+            "SMTP_TLS=tls is for a port where TLS comes first, SMTP_TLS=none for a server that is to be trusted without"
+        ) from None
+    except ssl.SSLError as error:
+        raise _untrusted(error) from error
+
+
+def _untrusted(error: ssl.SSLError) -> ssl.SSLError:
+    where = f"the mail server {settings().smtp_host}:{settings().smtp_port}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        own = "" if "match" in error.verify_message else "; SSL_CERT_FILE can name the file of an authority of your own"
+        return type(error)(error.errno, f"the certificate of {where} is not valid: {error.verify_message.rstrip('.')}{own}")
+    return type(error)(error.errno, f"{where} does not speak TLS as asked (SMTP_TLS={settings().mail_tls}): {error.reason or error}")
