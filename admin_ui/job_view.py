@@ -80,6 +80,7 @@ def facts(job: JobRecord, failures: list[Failure], names: dict[str, str], now: d
         ("Worker", names.get(job.worker, f"{job.worker}, which is gone") if job.worker else None, None),
         ("Group", job.group_id, address("jobs", group=job.group_id)),
         ("Idempotency key", job.idempotency_key, None),
+        ("Request", job.request_id, None),
     ]
     return [fact for fact in known if fact[1] is not None]
 

@@ -26,7 +26,7 @@ from dramatiq.results.errors import ResultFailure, ResultMissing, ResultTimeout
 from dramatiq_pg.broker import PostgresBroker, PostgresConsumer
 from pydantic import ValidationError
 
-from jobsys import db
+from jobsys import db, trail
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission, NotCommitted
 from jobsys.ids import new_job_id
 from jobsys.job_types import PRIORITIES, JobType, Registry, encode
@@ -131,6 +131,7 @@ class JobsBroker(PostgresBroker):
     @running.setter
     def running(self, job: RunningJob | None) -> None:
         self._running.job = job
+        trail.enter_attempt(job)
 
     def attend(self, *, threads: int, queues: Collection[str] | None = None) -> Presence:
         """Make this process a worker, once: from here on it has a row in `workers`, and its heart beats."""
@@ -245,6 +246,7 @@ class JobsBroker(PostgresBroker):
         defaults = actor.options if actor is not None else {}
         retries = message.options.get("max_retries", defaults.get("max_retries", self.settings.max_retries))
         options = {name: value for name, value in message.options.items() if name not in ("priority", "max_retries")}
+        options = trail.options() | options
         if message.args:
             options["args"] = list(message.args)
         return Submitted(

@@ -83,6 +83,7 @@ class Chores(threading.Thread):
     def report(self) -> None:
         """Write what running jobs logged."""
         self._presence.report(list(self._presence.running))
+        self._presence.attempts.sum_up()
 
     def give_back_unstarted(self) -> None:
         """Give back what was claimed too early."""

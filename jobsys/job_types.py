@@ -49,6 +49,9 @@ class Job:
     in `lines` and `fraction`, `complete_in` in `result`. In a worker the same methods write to the job's record.
     """
 
+    request_id: str | None = None
+    """The id of the request that led to the job, also by way of other jobs, where there was one."""
+
     def __init__(self, id: str = "00000000-0000-7000-8000-000000000000", *, type: str = "", attempt: int = 1) -> None:
         self.id = id
         self.type = type

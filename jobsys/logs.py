@@ -1,8 +1,9 @@
 """One line per event: for people on standard error, for machines as JSON lines in LOG_FILE. Ours, Dramatiq's and gunicorn's alike.
 
 An event is a few fixed words, what varies are its values: `log = logs.get(__name__); log.info("job finished", seconds=0.2)`.
-Whatever is bound with `structlog.contextvars.bound_contextvars(job_id=…)` is on every line logged meanwhile in that thread, other
-libraries' lines included. What users sent can neither start a new line nor steer a terminal, and passwords are masked.
+The ids of the request and the job in whose course a line is logged are on it (see trail.py), other libraries' lines included; so is
+whatever is bound with `structlog.contextvars.bound_contextvars(…)`. What users sent can neither start a new line nor steer a terminal,
+and passwords are masked.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ import structlog
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict
 
+from jobsys import trail
 from jobsys.errors import SettingsError
 from jobsys.settings import Settings
 
+INFO = logging.INFO
 FILE_BYTES = 50_000_000
 """LOG_FILE is renamed to LOG_FILE.1 when it has grown to this size, and that to LOG_FILE.2, …"""
 FILES_KEPT = 5
@@ -67,7 +70,7 @@ class Log(BoundLogger):
 
 def get(name: str) -> Log:
     """The logger of a module: `log = logs.get(__name__)`. Can be made before `configure` and works without it."""
-    processors: Any = [structlog.contextvars.merge_contextvars, ProcessorFormatter.wrap_for_formatter]
+    processors: Any = [structlog.contextvars.merge_contextvars, _follow_trail, ProcessorFormatter.wrap_for_formatter]
     return cast(Log, structlog.wrap_logger(logging.getLogger(name), processors, wrapper_class=Log).bind())
 
 
@@ -200,12 +203,18 @@ class SharedFile(Forgiving):
             os.close(guard)
 
 
+def _follow_trail(_logger: Any, _name: str, event: EventDict) -> EventDict:
+    for name, value in trail.values().items():
+        event.setdefault(name, value)
+    return event
+
+
 def _formatter(mask: Callable[[str], str], render: Callable[[EventDict], str]) -> ProcessorFormatter:
     def masked(_logger: Any, _name: str, event: EventDict) -> EventDict:
         return {key: value if key.startswith("_") else _presentable(key, value, mask) for key, value in event.items()}
 
     return ProcessorFormatter(
-        foreign_pre_chain=[structlog.contextvars.merge_contextvars, structlog.stdlib.ExtraAdder()],
+        foreign_pre_chain=[structlog.contextvars.merge_contextvars, _follow_trail, structlog.stdlib.ExtraAdder()],
         processors=[
             structlog.stdlib.PositionalArgumentsFormatter(),
             structlog.processors.format_exc_info,

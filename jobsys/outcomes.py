@@ -68,7 +68,7 @@ def cancel(job: RunningJob) -> Outcome:
 def unstorable(job: RunningJob, error: BaseException) -> Outcome:
     """FAILED, because the outcome the attempt had can't be stored, or not even be made."""
     failed = Failed(_name_of(error), f"the outcome of this attempt can't be stored: {_message_of(error).strip()}", "", "outcome")
-    return Outcome("bury", job, {"status": "FAILED", "options": encode({}), **failed._asdict()})
+    return Outcome("bury", job, {"status": "FAILED", "options": encode(job.carried), **failed._asdict()})
 
 
 def plain_text(text: str, limit: int = 20_000) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 
 from jobsys import __version__, db, logs
+from jobsys.attempts import AttemptLog
 from jobsys.bulkheads import Bulkheads
 from jobsys.chores import Chores
 from jobsys.claims import LATEST_START, Claims
@@ -24,7 +25,7 @@ from jobsys.heart import Heart
 from jobsys.ids import new_job_id
 from jobsys.job_types import encode
 from jobsys.lookout import Lookout
-from jobsys.outcomes import Outcome, plain_text, release
+from jobsys.outcomes import Outcome, finish, plain_text, release
 from jobsys.running import RunningJob
 from jobsys.settlements import Settlements, Writer
 from jobsys.work_queue import WorkQueue
@@ -73,6 +74,7 @@ class Presence:
             backlog=lambda: len(self.settlements),
             poll_interval=settings.poll_interval,
         )
+        self.attempts = AttemptLog(settings.log_attempts)
         self._reporting = threading.Lock()
         self._untold: list[RunningJob] = []
         """The jobs of a report that could not be written."""
@@ -142,6 +144,7 @@ class Presence:
         """A thread is about to start a job. False: it must not, because this worker was declared lost meanwhile and the job is no longer
         its own, or because it is a suspect and the database can't be told."""
         self.running.add(job)
+        job.began_at = time.monotonic()
         return job.worker == self.id and (not job.suspect or self._runs_alone(job.message_id))
 
     @property
@@ -156,6 +159,8 @@ class Presence:
         self.work.expected.discard(job)
         if outcome.statement in ("retry", "bury") and not job.job.completing:
             self._count_failure(outcome)
+        if job.outcome is None:
+            job.ended_at = time.monotonic()
         self.settlements.add(outcome)
         self.running.discard(job)
         if self.suspect == job.message_id:
@@ -234,6 +239,7 @@ class Presence:
         self.report([])
         try:
             self.settlements.write_all(LAST_WORDS)
+            self.attempts.sum_up()
             self._database.run("unregister_worker", id=self.id)
         except DatabaseUnavailable as error:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
@@ -279,12 +285,11 @@ class Presence:
 
     def _outcomes_were_written(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
+            self.attempts.add(outcome)
             if outcome.statement == "finish":
                 self._note_success(outcome.job)
-            elif outcome.statement in ("retry", "bury"):
-                _log_failure(outcome)
-                if outcome.job.job.completing:
-                    self._count_failure(outcome)
+            elif outcome.statement in ("retry", "bury") and outcome.job.job.completing:
+                self._count_failure(outcome)
         self._forget([outcome.job for outcome in outcomes])
 
     def _outcomes_were_lost(self, outcomes: list[Outcome]) -> None:
@@ -293,6 +298,7 @@ class Presence:
             if not job.job.completing:
                 log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
             elif outcome.parameters.get("type") in (None, NotCommitted.__name__):
+                self.attempts.add(finish(job))
                 self._note_success(job)
             else:
                 log.warning(
@@ -307,18 +313,6 @@ class Presence:
                     del self.held[job.message_id]
         self.bulkheads.leave(jobs)
         self.claims.ended(jobs)
-
-
-def _log_failure(outcome: Outcome) -> None:
-    job, values = outcome.job, outcome.parameters
-    log.warning(
-        "attempt failed",
-        job_id=job.message_id,
-        type=job.actor_name,
-        attempt=job.attempt,
-        error=f"{values['type']}: {values['message']}",
-        then=f"retry in {values['delay']:.1f} s" if outcome.statement == "retry" else values["status"],
-    )
 
 
 def _report(lines: list[Any], latest: list[Any]) -> dict[str, list[Any]]:

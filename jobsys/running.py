@@ -12,7 +12,7 @@ from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
 from psycopg2 import errors as pg_errors
 
-from jobsys import db
+from jobsys import db, trail
 from jobsys.errors import InvalidSubmission, JobStopped
 from jobsys.interrupt import Interruptible
 from jobsys.job_types import Job, JobType, encode
@@ -36,6 +36,8 @@ class RunningJob(MessageProxy):
     settled = False
     deadline: float | None = None
     stop_asked_at: float | None = None
+    began_at: float | None = None
+    ended_at = 0.0
     _exception: BaseException | None = None
 
     def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None, max_crashes: int) -> None:
@@ -59,6 +61,8 @@ class RunningJob(MessageProxy):
         self.suspect = crashes > 0 and crashes + 1 >= max_crashes
         self.claimed_at = time.monotonic()
         self.job_type = job_type
+        self.carried: dict[str, Any] = {}
+        """What goes from a request to its jobs, see trail.py. No options of Dramatiq's: they make no job less plain."""
         self.options: dict[str, Any] = {} if options == "{}" else self._read(options)
         self.options["max_retries"] = None if self.max_attempts is None else self.max_attempts - 1
         self.order: tuple[int, str, str] = (self.priority, run_at, self.message_id)
@@ -77,6 +81,7 @@ class RunningJob(MessageProxy):
         read.pop("eta", None)
         # Classes, which JSON can't hold: Dramatiq would fail where it asks for them, and lose the thread.
         read.pop("throws", None)
+        self.carried = trail.taken_from(read)
         return read
 
     @property
@@ -124,7 +129,7 @@ class RunningJob(MessageProxy):
         kept = {name: value for name, value in self.options.items() if name not in _VOLATILE}
         if "args" in self.options:
             kept["args"] = self.options["args"]
-        return kept
+        return kept | self.carried
 
     def stop(self, reason: str) -> None:
         """Ask the job to stop: `job.stopping` is true from here on, and `job.checkpoint()` raises. The first reason stays."""
@@ -146,6 +151,7 @@ class LiveJob(Job):
         self.id = running.message_id
         self.type = running.actor_name
         self.attempt = running.attempt
+        self.request_id = running.carried.get("request_id")
         self.completing = False
         """Whether the job has completed in a transaction of its own, should that have committed."""
         self._claim = running.claim

@@ -122,6 +122,9 @@ class Settings(BaseSettings):
         [], description="Comma-separated queues that workers serve. Unset: all there are."
     )
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
+    log_attempts: int = Field(
+        100, ge=0, description="Successful attempts that a worker process logs one by one per second; of more it logs how many."
+    )
     log_file: Path | None = Field(None, description="Also write the log, as JSON lines, to this file.")
 
     def __init__(self, **values: Any) -> None:

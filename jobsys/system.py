@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import dramatiq
 import psycopg2
 
-from jobsys import db, logs
+from jobsys import db, logs, trail
 from jobsys.broker import JobsBroker
 from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
-from jobsys.job_types import Registry, priority_number, registry
+from jobsys.job_types import Registry, encode, priority_number, registry
 from jobsys.search import search
 from jobsys.settings import Settings
 from jobsys.submissions import MANY, Submissions, Submitted, insert, insert_one, stream
@@ -67,6 +67,12 @@ class JobRecord(NamedTuple):
         """Whether the job has ended."""
         return self.status in FINISHED
 
+    @property
+    def request_id(self) -> str | None:
+        """The id of the request that led to the job, where there was one."""
+        carried = self.options.get("request_id")
+        return str(carried) if trail.is_request_id(carried) else None
+
 
 class Submission(NamedTuple):
     """A job to be submitted, for `submit_many`; the fields are the arguments of `JobSystem.submit`."""
@@ -79,6 +85,7 @@ class Submission(NamedTuple):
     max_retries: int | None = None
     group_id: str | None = None
     idempotency_key: str | None = None
+    request_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,15 +200,17 @@ class JobSystem:
         max_retries: int | None = None,
         group_id: str | None = None,
         idempotency_key: str | None = None,
+        request_id: str | None = None,
         connection: Any = None,
     ) -> JobRecord:
         """Submit one job; committed when this returns.
 
         `delay` is in seconds, `run_at` an aware datetime (one of the two, or neither for now). With `connection`, a psycopg2 connection
         of yours, the job is part of your transaction: it exists and runs if and when you commit. The same idempotency key again answers
-        the first job, with `replayed` true. Raises InvalidSubmission, which names each wrong field.
+        the first job, with `replayed` true. `request_id` is kept with the job and stands on the log's lines about it; left out, it is
+        that of the job in whose course this one is submitted. Raises InvalidSubmission, which names each wrong field.
         """
-        submission = Submission(type, payload, priority, delay, run_at, max_retries, group_id, idempotency_key)
+        submission = Submission(type, payload, priority, delay, run_at, max_retries, group_id, idempotency_key, request_id)
         submitted = self._described(submission, ())
         if connection is not None:
             with db.translated():
@@ -321,7 +330,7 @@ class JobSystem:
         record = _record(found["job"][0])
         failures = [Failure(row[0], _utc(row[1]), _utc(row[2]), *row[3:]) for row in found["failures"]]
         events = [Event(_utc(at), *rest) for at, *rest in found["events"]]
-        events.append(Event(record.created_at, "created"))
+        events.append(Event(record.created_at, "created", detail={"requestId": record.request_id} if record.request_id else None))
         if record.status == "SCHEDULED":
             events.append(Event(record.run_at, "due"))
         for failure in failures:
@@ -472,7 +481,7 @@ class JobSystem:
                 queue=job_type.queue,
                 priority=priority,
                 payload=payload,
-                options="{}",
+                options=_options(submission),
                 max_attempts=retries + 1,
                 run_at=_checked_run_at(submission),
                 delay=_checked_delay(submission),
@@ -581,7 +590,7 @@ def _new_record(job: Submitted, status: str, run_at: datetime, created_at: datet
         queue=job.queue,
         priority=job.priority,
         payload=json.loads(job.payload),
-        options={},
+        options=json.loads(job.options),
         status=status,
         attempt=0,
         max_attempts=job.max_attempts,
@@ -611,6 +620,14 @@ def _known_id(job_id: str) -> str:
 
 def _like(text: str) -> str:
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+
+
+def _options(submission: Submission) -> str:
+    given = submission.request_id
+    if given is not None and not trail.is_request_id(given):
+        raise InvalidSubmission.of(["requestId"], "must be 1 to 128 letters, digits or any of _.:/+=@-")
+    carried = trail.options(given)
+    return encode(carried) if carried else "{}"
 
 
 def _checked_delay(submission: Submission) -> float | None:

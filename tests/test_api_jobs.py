@@ -73,6 +73,7 @@ def test_a_submitted_job_is_accepted_and_can_be_fetched(api: webtest.TestApp) ->
         "worker": None,
         "groupId": None,
         "idempotencyKey": None,
+        "requestId": accepted.headers["X-Request-ID"],
     }
 
 

@@ -10,13 +10,13 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "ids", "interrupt", "outgoing"},
+    {"errors", "ids", "interrupt", "outgoing", "trail"},
     {"settings"},
     {"logs", "local", "db", "search"},
     {"migrations"},
     {"job_types", "submissions"},
     {"jobs", "running"},
-    {"bulkheads", "outcomes", "middleware", "work_queue"},
+    {"attempts", "bulkheads", "outcomes", "middleware", "work_queue"},
     {"claims", "settlements"},
     {"chores", "heart", "lookout", "presence"},
     {"broker"},

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from typing import Any
 
 import falcon
 from falcon.routing import CompiledRouter
 
-from jobsys import logs
+from jobsys import logs, trail
 
 log = logs.get("jobsys.http")
-
-_SANE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 
 class Envelope:
@@ -27,7 +24,8 @@ class Envelope:
         context.postponed = False
         context.user = None
         wish = req.get_header("X-Request-ID")
-        context.id = wish if wish and _SANE_ID.fullmatch(wish) else os.urandom(8).hex()
+        context.id = wish if wish and trail.is_request_id(wish) else os.urandom(8).hex()
+        trail.enter_request(context.id)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
         """Add the headers and log the line. What a responder set itself stands."""
@@ -46,6 +44,7 @@ class Envelope:
             req.context.at_end = self._end
         else:
             self._end(req, resp.status_code)
+        trail.leave_request()
 
     def _end(self, req: falcon.Request, status: int) -> None:
         milliseconds = round((time.perf_counter() - req.context.began) * 1000, 1)

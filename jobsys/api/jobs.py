@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import falcon
 
+from jobsys import trail
 from jobsys.api import body, filters, waiting, wire
 from jobsys.api.problem import Problem
 from jobsys.api.waiting import Waits
@@ -30,6 +31,7 @@ class Jobs:
             job = self._system.submit(**wire.submission(document, key=req.get_header("Idempotency-Key")))
         except InvalidSubmission as error:
             raise wire.in_words_of(document, error) from None
+        trail.note(job_id=job.id)
         resp.status = falcon.HTTP_202
         resp.location = f"/jobs/{job.id}"
         if job.replayed:

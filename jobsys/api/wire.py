@@ -41,6 +41,7 @@ def job(record: JobRecord) -> dict[str, Any]:
         "worker": record.worker,
         "groupId": record.group_id,
         "idempotencyKey": record.idempotency_key,
+        "requestId": record.request_id,
     }
 
 

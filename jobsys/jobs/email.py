@@ -102,7 +102,7 @@ class Email(Payload):
 )
 def send_email(payload: Email, job: Job) -> dict[str, Any]:
     """Send an e-mail by SMTP."""
-    message = _message(payload, job.id)
+    message = _message(payload, job)
     try:
         refused = _deliver(message, payload.recipients)
     except smtplib.SMTPRecipientsRefused as error:
@@ -118,7 +118,7 @@ def send_email(payload: Email, job: Job) -> dict[str, Any]:
     }
 
 
-def _message(payload: Email, job_id: str) -> EmailMessage:
+def _message(payload: Email, job: Job) -> EmailMessage:
     message = EmailMessage(policy=SMTP.clone(cte_type="7bit"))  # not every server takes 8-bit text
     message["From"] = settings().mail_from
     message["To"] = ", ".join(payload.to)
@@ -128,8 +128,10 @@ def _message(payload: Email, job_id: str) -> EmailMessage:
         message["Reply-To"] = payload.reply_to
     message["Subject"] = payload.subject
     message["Date"] = datetime.now(timezone.utc)
-    message["Message-ID"] = f"<{job_id}@{message['From'].addresses[0].domain or 'localhost'}>"
-    message["X-Job-Id"] = job_id
+    message["Message-ID"] = f"<{job.id}@{message['From'].addresses[0].domain or 'localhost'}>"
+    message["X-Job-Id"] = job.id
+    if job.request_id is not None:
+        message["X-Request-ID"] = job.request_id
     if payload.body or not payload.html:
         message.set_content(payload.body)
         if payload.html:
