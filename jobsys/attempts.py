@@ -42,18 +42,17 @@ class AttemptLog:
 
     def sum_up(self) -> None:
         """Log how many attempts had no line of their own, once their second is over."""
-        with self._lock:
-            if not self._more or time.monotonic() < self._until:
-                return
-            more, self._more = self._more, 0
-        log.info("more attempts succeeded", attempts=more)
+        if self._more and time.monotonic() >= self._until:
+            with self._lock:
+                more, self._more = self._more, 0
+            log.info("more attempts succeeded", attempts=more)
 
     def _may_log(self) -> bool:
-        self.sum_up()
+        now = time.monotonic()
+        if now >= self._until:
+            self.sum_up()
+            self._left, self._until = self._most, now + 1
         with self._lock:
-            now = time.monotonic()
-            if now >= self._until:
-                self._left, self._until = self._most, now + 1
             if self._left > 0:
                 self._left -= 1
                 return True

@@ -72,6 +72,9 @@ class RunningJob(MessageProxy):
         self.attempt_call = Interruptible(JobStopped)
 
     def _read(self, options: str) -> dict[str, Any]:
+        if (request_id := trail.only_id(options)) is not None:
+            self.carried["request_id"] = request_id
+            return {}
         try:
             read: dict[str, Any] = json.loads(options)
         except (ValueError, RecursionError):
