@@ -24,7 +24,7 @@ def create_app(settings: Settings | None = None, system: JobSystem | None = None
     if system is None:
         logs.configure(settings, process="web")
         system = JobSystem(settings)
-    middleware: Any = [Envelope(), AdminDoor(settings)]
+    middleware: Any = [Envelope(system.recorder), AdminDoor(settings)]
     app = falcon.App(middleware=middleware, router=Router())
     app.req_options.strip_url_path_trailing_slash = True
     api.add_to(app, system)

@@ -30,6 +30,7 @@ from jobsys import db, trail
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission, NotCommitted
 from jobsys.ids import new_job_id
 from jobsys.job_types import PRIORITIES, JobType, Registry, encode
+from jobsys.measurements import Measurements
 from jobsys.middleware import NOT_FOR_PLAIN_JOBS, stack, unreadable
 from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry, unstorable
 from jobsys.presence import Presence
@@ -50,6 +51,7 @@ class JobsBroker(PostgresBroker):
         self.database = database
         self.settings = settings
         self.job_types: dict[str, JobType] = {}
+        self.measurements = Measurements()
         self.presence: Presence | None = None
         self._hooks: dict[tuple[str, bool], list[Callable[..., Any]]] = {}
         self._running = threading.local()

@@ -6,6 +6,7 @@ more rarely each does.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -48,6 +49,7 @@ class Chores(threading.Thread):
             Chore(self.report, min(0.25, poll)),
             Chore(self.give_back_unstarted, min(0.5, poll)),
             Chore(self.give_back_unheld, 2 * self._settings.worker_heartbeat),
+            Chore(self.measure, presence.recorder.every),
             Chore(self.promote, min(0.2, poll), shared=True),
             Chore(self.rescue, poll, shared=True),
             Chore(self.remove_stopped, poll, shared=True),
@@ -88,6 +90,12 @@ class Chores(threading.Thread):
     def give_back_unstarted(self) -> None:
         """Give back what was claimed too early."""
         self._presence.give_back_unstarted()
+
+    def measure(self) -> float:
+        """Add what this process measured to what all did; if that can't be, with the next report."""
+        with contextlib.suppress(DatabaseUnavailable):  # the other chores say so, and a lock on these numbers is no concern of theirs
+            self._presence.recorder.report(self._database)
+        return self._presence.recorder.pause
 
     def rescue(self) -> None:
         """Give the jobs of lost workers back to the queue."""

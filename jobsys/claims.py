@@ -76,6 +76,7 @@ class Claims:
         make: Callable[[list[db.Row]], list[RunningJob]],
         backlog: Callable[[], int],
         poll_interval: float,
+        took: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.work = work
         self.closed = False
@@ -96,6 +97,8 @@ class Claims:
         self._full_before: dict[str, frozenset[str]] = {}
         self._make = make
         self._backlog = backlog
+        self._took = took
+        """Told how long each claim took that brought jobs."""
         self._poll_interval = poll_interval
         self._turns = Turns()
         self._bells: dict[str, threading.Event] = {}
@@ -292,6 +295,7 @@ class Claims:
     def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
         """Claim from some queues and priorities, each from where the last claim of it ended."""
         begin = [self._places.get(queue_name, {}).get(priority, BEGINNING) for queue_name, priority in looks]
+        began = time.monotonic()
         rows = self._database.run(
             "claim",
             worker=self._worker(),
@@ -302,6 +306,8 @@ class Claims:
             from_id=[id for _, id in begin],
             n=room,
         )
+        if rows:
+            self._took(time.monotonic() - began)
         rows.sort(key=_order)
         for row in {(row[11], row[2]): row for row in rows}.values():
             self._places.setdefault(row[11], {})[row[2]] = (row[8] + "+00", row[0])
@@ -329,6 +335,7 @@ class Claims:
         room = self._wait_for_free_thread(deadline)
         if room <= 0:
             return [], 0.001
+        began = time.monotonic()
         with self._database.transaction() as connection:
             limits = db.run(connection, "open_gate", queue=queue_name)
             if not limits:
@@ -347,6 +354,8 @@ class Claims:
             rows.sort(key=_order)
             if rows and paced:
                 db.run(connection, "spend_start", queue=queue_name)
+        if rows:
+            self._took(time.monotonic() - began)
         jobs = self._make(rows)
         self.work.expected.update(jobs)
         return jobs, None

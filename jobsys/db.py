@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,8 +72,11 @@ class Database:
     def __init__(self, url: str, *, size: int = 4, wait: float = 5.0, name: str = "jobsys", patience: float | None = None) -> None:
         self.url = url
         self.wait = wait
-        self._name = name
         self._patience = patience
+        self.name = name
+        self.size = size
+        self.waits: deque[float] = deque(maxlen=10_000)
+        """Seconds that threads waited for a free connection, where none was, since somebody last took them from here."""
         self._turns = threading.BoundedSemaphore(size)
         self._idle: list[Any] = []
         self._in_use: dict[Any, float] = {}
@@ -80,7 +85,7 @@ class Database:
     def connect(self) -> Any:
         """A fresh connection in autocommit, not part of the pool. Raises DatabaseUnavailable."""
         parameters: dict[str, Any] = {
-            "application_name": self._name,
+            "application_name": self.name,
             "connect_timeout": max(2, int(self.wait)),
             "keepalives_idle": 5,
             "keepalives_interval": 2,
@@ -101,13 +106,12 @@ class Database:
         """A connection of the pool, for the time of the block; waits for one up to `wait` seconds. A broken one is closed, not returned."""
         # A job's function may use a pool, and be stopped meanwhile: not in here, where locks are held.
         with undisturbed():
-            if not self._turns.acquire(timeout=self.wait):
-                raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
+            self._wait_for_turn()
             connection = None
             try:
                 connection = self._take()
+                self._in_use[connection] = math.inf if self._patience is None else time.monotonic() + (patience or self._patience)
                 if self._patience is not None:
-                    self._in_use[connection] = time.monotonic() + (patience or self._patience)
                     self._start_watch()
                 with translated():
                     yield connection
@@ -125,10 +129,10 @@ class Database:
             return run(connection, name, **parameters)
 
     @contextmanager
-    def transaction(self, *, lock_timeout: str | None = None) -> Iterator[Any]:
+    def transaction(self, *, lock_timeout: str | None = None, patience: float = LONGEST_TRANSACTION) -> Iterator[Any]:
         """A connection inside a transaction: committed when the block ends, rolled back when it raises. It waits for no lock longer than
         `lock_timeout`."""
-        with self.connection(patience=LONGEST_TRANSACTION) as connection, connection:
+        with self.connection(patience=patience) as connection, connection:
             with connection.cursor() as cursor:
                 bounds = {"idle_in_transaction_session_timeout": f"{LONGEST_IDLE:g}s", "lock_timeout": lock_timeout}
                 cursor.execute("; ".join(f"set local {name} = '{value}'" for name, value in bounds.items() if value is not None))
@@ -147,6 +151,25 @@ class Database:
         self._watch = None
         while self._idle:
             _close(self._idle.pop())
+
+    @property
+    def in_use(self) -> int:
+        """How many connections are in use."""
+        return len(self._in_use)
+
+    @property
+    def idle(self) -> int:
+        """How many are open and wait for use."""
+        return len(self._idle)
+
+    def _wait_for_turn(self) -> None:
+        if self._turns.acquire(blocking=False):
+            return
+        began = time.monotonic()
+        came = self._turns.acquire(timeout=self.wait)
+        self.waits.append(time.monotonic() - began)
+        if not came:
+            raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
 
     def _start_watch(self) -> None:
         if self._watch is None or not self._watch.is_alive():

@@ -25,6 +25,7 @@ from jobsys.heart import Heart
 from jobsys.ids import new_job_id
 from jobsys.job_types import encode
 from jobsys.lookout import Lookout
+from jobsys.measurements import Recorder
 from jobsys.outcomes import Outcome, finish, plain_text, release
 from jobsys.running import RunningJob
 from jobsys.settlements import Settlements, Writer
@@ -33,6 +34,8 @@ from jobsys.work_queue import WorkQueue
 if TYPE_CHECKING:
     from jobsys.broker import JobsBroker
 
+OUTCOMES = {"finish": "completed", "retry": "failed", "bury": "failed", "release": "interrupted", "cancel_running": "interrupted"}
+"""What /metrics calls it how a run ended."""
 LAST_WORDS = 1.0
 """Seconds an interrupted job has to end when a shutdown's grace is used up."""
 log = logs.get(__name__)
@@ -61,8 +64,20 @@ class Presence:
         self.must_end = threading.Event()
         """Set when a job could not be stopped: the process has to end, and be replaced."""
         self._database = db.Database(broker.database.url, size=3, wait=30, name="jobsys worker")
+        self.measurements = broker.measurements
+        self.recorder = Recorder(
+            self.measurements,
+            kind="worker",
+            every=settings.worker_heartbeat,
+            database=self._database,
+            pools=[self._database, broker.database],
+        )
         self.settlements = Settlements(
-            self._database, written=self._outcomes_were_written, lost=self._outcomes_were_lost, wrote=self.work.room.set
+            self._database,
+            written=self._outcomes_were_written,
+            lost=self._outcomes_were_lost,
+            wrote=self.work.room.set,
+            took=lambda seconds: self.measurements.observe("settle_seconds", (), seconds),
         )
         self.claims = Claims(
             self._database,
@@ -73,6 +88,7 @@ class Presence:
             make=self._hold,
             backlog=lambda: len(self.settlements),
             poll_interval=settings.poll_interval,
+            took=lambda seconds: self.measurements.observe("claim_seconds", (), seconds),
         )
         self.attempts = AttemptLog(settings.log_attempts)
         self._reporting = threading.Lock()
@@ -144,8 +160,11 @@ class Presence:
         """A thread is about to start a job. False: it must not, because this worker was declared lost meanwhile and the job is no longer
         its own, or because it is a suspect and the database can't be told."""
         self.running.add(job)
+        if job.worker != self.id or (job.suspect and not self._runs_alone(job.message_id)):
+            return False
         job.began_at = time.monotonic()
-        return job.worker == self.id and (not job.suspect or self._runs_alone(job.message_id))
+        self.measurements.observe("job_wait_seconds", (job.actor_name, job.queue_name), job.waited + job.began_at - job.claimed_at)
+        return True
 
     @property
     def unfinished(self) -> list[RunningJob]:
@@ -154,6 +173,8 @@ class Presence:
 
     def settle(self, job: RunningJob, outcome: Outcome) -> None:
         """Have it written how an attempt ended."""
+        if job.outcome is None:
+            job.ended_at = time.monotonic()
         if job.job.unreported or job.job.latest:
             self.report([job])
         self.work.expected.discard(job)
@@ -241,6 +262,7 @@ class Presence:
             self.settlements.write_all(LAST_WORDS)
             self.attempts.sum_up()
             self._database.run("unregister_worker", id=self.id)
+            self.recorder.leave()
         except DatabaseUnavailable as error:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
         self._database.close()
@@ -285,12 +307,13 @@ class Presence:
 
     def _outcomes_were_written(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            self.attempts.add(outcome)
             if outcome.statement == "finish":
                 self._note_success(outcome.job)
             elif outcome.statement in ("retry", "bury") and outcome.job.job.completing:
                 self._count_failure(outcome)
         self._forget([outcome.job for outcome in outcomes])
+        for outcome in outcomes:
+            self._note_run(outcome)
 
     def _outcomes_were_lost(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -298,13 +321,20 @@ class Presence:
             if not job.job.completing:
                 log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
             elif outcome.parameters.get("type") in (None, NotCommitted.__name__):
-                self.attempts.add(finish(job))
+                self._note_run(finish(job))
                 self._note_success(job)
             else:
                 log.warning(
                     "a job raised after complete_in, and was over by then", job_id=job.message_id, error=outcome.parameters["message"]
                 )
         self._forget([outcome.job for outcome in outcomes])
+
+    def _note_run(self, outcome: Outcome) -> None:
+        self.attempts.add(outcome)
+        job = outcome.job
+        if job.began_at is not None:
+            labels = (job.actor_name, job.queue_name, OUTCOMES[outcome.statement])
+            self.measurements.observe("job_run_seconds", labels, job.ended_at - job.began_at)
 
     def _forget(self, jobs: list[RunningJob]) -> None:
         with self._holding:

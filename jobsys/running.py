@@ -54,6 +54,7 @@ class RunningJob(MessageProxy):
             age,
             crashes,
             self.queue_name,
+            self.waited,
         ) = row
         # As if it had been sent at that moment of this machine's clock, which Dramatiq's AgeLimit compares it with.
         self.message_timestamp = int(time.time() * 1000) - age

@@ -38,6 +38,7 @@ class Settlements:
         written: Callable[[list[Outcome]], None],
         lost: Callable[[list[Outcome]], None],
         wrote: Callable[[], None] = lambda: None,
+        took: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.some = threading.Event()
         """Set when an outcome waits to be written."""
@@ -45,6 +46,8 @@ class Settlements:
         self._written = written
         self._lost = lost
         self._wrote = wrote
+        self._took = took
+        """Told how long each write took."""
         self._waiting: deque[Outcome] = deque()
         self._locked: list[Outcome] = []
         """Outcomes of jobs that somebody has locked, and when to try them again."""
@@ -86,8 +89,10 @@ class Settlements:
                 if not group:
                     return
                 self._in_flight = len(group)
+            began = time.monotonic()
             try:
                 self._write_group(group)
+                self._took(time.monotonic() - began)
             except Exception as error:
                 # Whatever it was: what is not written stays, and is tried again.
                 with self._lock:

@@ -21,6 +21,7 @@ from jobsys.broker import JobsBroker
 from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
 from jobsys.job_types import Registry, encode, priority_number, registry
+from jobsys.measurements import Recorder
 from jobsys.search import search
 from jobsys.settings import Settings
 from jobsys.submissions import MANY, Submissions, Submitted, insert, insert_one, stream
@@ -181,6 +182,14 @@ class JobSystem:
         self.database = db.Database(db.url_of(self.settings), size=pool_size, wait=2.0, patience=4.0)
         self._submissions = Submissions(self.database)
         self.broker = JobsBroker(self.database, settings=self.settings)
+        self.recorder = Recorder(
+            self.broker.measurements,
+            kind="web",
+            every=self.settings.worker_heartbeat,
+            database=self.database,
+            pools=[self.database],
+        )
+        """For a web process to start: a worker's is its presence's."""
         if dramatiq.broker.global_broker is None:
             # So that plain `@dramatiq.actor` in JOB_MODULES lands here and not on a RabbitMQ that Dramatiq would look for.
             dramatiq.set_broker(self.broker)
@@ -462,6 +471,7 @@ class JobSystem:
 
     def close(self) -> None:
         """Close the idle connections."""
+        self.recorder.close()
         self.broker.close()
 
     def _described(self, submission: Submission, loc: tuple[str | int, ...]) -> Submitted:

@@ -141,6 +141,57 @@ with recursive first as (
 )
 select min(run_at) from first having count(*) > 0;
 
+-- name: waits
+-- How long the oldest due job of each of these queues has been waiting, also when it is not PENDING yet because no worker is there to make it
+-- so: of those a bounded number is looked at, the longest due first.
+with first_of_queue as (
+    select queue.name as queue, first.run_at
+    from unnest(%(queues)s::text[]) as queue(name) cross join lateral (
+        with recursive first as (
+            (select priority, run_at from jobs where status = 'PENDING' and queue = queue.name order by priority, run_at limit 1)
+            union all
+            (
+                select next.priority, next.run_at
+                from first cross join lateral (
+                    select priority, run_at from jobs
+                    where status = 'PENDING' and queue = queue.name and jobs.priority > first.priority
+                    order by priority, run_at limit 1
+                ) as next
+            )
+        )
+        select run_at from first
+    ) as first
+), overdue as (
+    select queue, run_at from jobs where status = 'SCHEDULED' and run_at <= statement_timestamp() order by run_at limit 1000
+)
+select queue, date_part('epoch', clock_timestamp() - min(run_at))
+from (select queue, run_at from first_of_queue union all select queue, run_at from overdue) as due
+group by queue;
+
+-- name: worker_strength
+-- What each worker process could do, and whether its heart beats.
+select heartbeat_at > clock_timestamp() - least(lost_after, heartbeat * 3), queues, threads, held_back from workers;
+
+-- name: longest_transaction
+-- Seconds since the oldest transaction began that keeps this database from removing dead rows (VACUUM itself does not).
+select coalesce(max(date_part('epoch', clock_timestamp() - xact_start)), 0)
+from pg_stat_activity
+where datname = current_database()
+    and pid <> pg_backend_pid()
+    and coalesce(backend_xmin, backend_xid) is not null
+    and not (state = 'active' and query ~* '^\s*(autovacuum:|vacuum\y)');
+
+-- name: measurements
+select metric, labels, buckets, sum from measurements order by metric, labels;
+
+-- name: pools
+-- Of the processes that are there, together.
+select kind, name, sum(size)::integer, sum(in_use)::integer, sum(idle)::integer
+from process_pools
+where good_until > clock_timestamp()
+group by kind, name
+order by kind, name;
+
 -- name: counts
 -- Live numbers by queue, type and status, from the sums and what the log still holds.
 select queue, type, status, sum(entered)::bigint, sum(departed)::bigint

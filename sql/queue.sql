@@ -31,7 +31,7 @@ copy jobs (id, type, queue, priority, payload, options, max_attempts, group_id) 
 -- name: claim
 -- From free queues: schema.sql says what it promises.
 select id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
-    (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue
+    (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue, date_part('epoch', clock_timestamp() - run_at)
 from claim_jobs(
     %(worker)s::uuid, %(types)s, %(queues)s, %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[], %(n)s
 );
@@ -78,7 +78,7 @@ where id = any(array(
     for update skip locked
 ))
 returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
-    (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue;
+    (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue, date_part('epoch', clock_timestamp() - run_at);
 
 -- name: spend_start
 -- The next start of a paced queue is one spacing after the one just claimed.
@@ -371,7 +371,13 @@ select distinct jobs.worker::text from jobs
 where jobs.status = 'PROCESSING' and not exists (select from workers where workers.id = jobs.worker);
 
 -- name: forget_worker
-delete from workers where id = %(id)s and not exists (select from jobs where status = 'PROCESSING' and worker = %(id)s);
+-- Counted here and not in memory: whoever is at the rescue may be the next to die.
+with gone as (
+    delete from workers
+    where id = %(id)s and not exists (select from jobs where status = 'PROCESSING' and worker = %(id)s)
+    returning queues
+)
+insert into tally_log (queue, type, status, entered, departed) select coalesce(queues[1], ''), '', 'WORKERS_LOST', 1, 0 from gone;
 
 -- name: remove_stopped
 delete from jobs where stop_requested = 'remove' and finished_at is not null;
@@ -413,6 +419,37 @@ insert into tallies as total (queue, type, status, entered, departed)
 select queue, type, status, entered, departed from summed
 on conflict (queue, type, status) do update
 set entered = total.entered + excluded.entered, departed = total.departed + excluded.departed;
+
+-- name: add_measurements
+-- In one order, so that processes which add to the same rows wait for one another and never both.
+insert into measurements as total (metric, labels, buckets, sum)
+select metric, labels, buckets::bigint[], sum
+from unnest(%(metric)s::text[], %(labels)s::jsonb[], %(buckets)s::text[], %(sum)s::float8[]) as measured(metric, labels, buckets, sum)
+order by metric, labels
+on conflict (metric, labels) do update
+set buckets = array(
+        select coalesce(had, 0) + coalesce(came, 0)
+        from unnest(total.buckets, excluded.buckets) with ordinality as bucket(had, came, number)
+        order by number
+    ),
+    sum = total.sum + excluded.sum;
+
+-- name: tell_pools
+-- And what others said, who have been silent for long, goes.
+with silent as (
+    delete from process_pools
+    where (process, name) in (
+        select process, name from process_pools where good_until < clock_timestamp() - interval '1 minute' for update skip locked
+    )
+)
+insert into process_pools (process, kind, name, size, in_use, idle, good_until)
+select %(process)s::uuid, %(kind)s, name, size, in_use, idle, clock_timestamp() + %(good_for)s * interval '1 second'
+from unnest(%(name)s::text[], %(size)s::integer[], %(in_use)s::integer[], %(idle)s::integer[]) as pool(name, size, in_use, idle)
+on conflict (process, name) do update
+set size = excluded.size, in_use = excluded.in_use, idle = excluded.idle, good_until = excluded.good_until;
+
+-- name: forget_pools
+delete from process_pools where process = %(process)s::uuid;
 
 -- name: set_limits
 insert into queues (name, rate_count, rate_period, max_running)

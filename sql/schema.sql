@@ -152,7 +152,8 @@ create table queues (
     constraint limits_are_positive check (rate_count > 0 and rate_period > interval '0' and max_running > 0)
 );
 
--- How many jobs entered and left each status, by queue and type; CREATED and RETRIED are counted as if they were statuses.
+-- How many jobs entered and left each status, by queue and type; CREATED and RETRIED are counted as if they were statuses, and so is
+-- WORKERS_LOST, under the first of the worker's queues.
 create table tallies (
     queue    text   not null,
     type     text   not null,
@@ -162,6 +163,28 @@ create table tallies (
     primary key (queue, type, status)
 ) with (fillfactor = 50);
 create table tally_log (like tallies);
+
+-- What web and worker processes measured, for /metrics: each adds what it counted since it last did, every few seconds. A bucket has what
+-- exceeds the bound before it; the bounds are those of measurements.py, and what is beyond them is in the last.
+create table measurements (
+    metric  text             not null,
+    labels  jsonb            not null,
+    buckets bigint[]         not null,
+    sum     double precision not null,
+    primary key (metric, labels)
+) with (fillfactor = 50);
+
+-- How the connection pools of each process stand, as it said last; who has been silent for too long counts no more.
+create table process_pools (
+    process    uuid        not null,
+    kind       text        not null,        -- web or worker
+    name       text        not null,        -- as pg_stat_activity has it
+    size       integer     not null,
+    in_use     integer     not null,
+    idle       integer     not null,
+    good_until timestamptz not null,
+    primary key (process, name)
+) with (fillfactor = 50);
 
 create table schema_versions (
     version    integer     primary key,

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.message import EmailMessage
@@ -348,3 +349,27 @@ def chromium() -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """The path of Prometheus' own tool. Tests in need of it are skipped on a machine without it, but never in CI."""
+    if path := shutil.which("promtool"):
+        return path
+    reason = "there is no promtool on this machine (apt-get install prometheus), and this test asks Prometheus itself"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def scrape(url: str, path: str = "/metrics") -> str:
+    """The Prometheus exposition of the web server at `url`, as text. Raises OSError when it is not answered with 200."""
+    request = urllib.request.Request(url + path, headers={"Accept": "text/plain;version=0.0.4"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def samples(text: str) -> dict[str, float]:
+    """The samples of an exposition by name and labels, as they are written there."""
+    lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
+    return {series: float(value) for series, _, value in lines}

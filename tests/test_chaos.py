@@ -124,6 +124,7 @@ def test_what_is_safe_breaks_only_its_own_and_leaves_nothing_behind(jobsys: Jobs
     assert execute(database_url, "select name, max_attempts from job_types") == [("TEST_JOB", 99)]
     counted = "select distinct queue from (select queue from tallies union all select queue from tally_log) as counted"
     assert execute(database_url, counted) == [("default",)]
+    assert execute(database_url, "select labels from measurements where labels ? 'queue'") == []
 
 
 def test_a_database_of_its_own_is_killed_and_no_job_is_lost(jobsys: Jobsys) -> None:

@@ -99,7 +99,7 @@ def claimed(system: JobSystem) -> Callable[..., RunningJob]:
         worker = Worker(system.database)
         system.submit("TEST_JOB")
         [(id, number)] = worker.claim()
-        row = (id, "TEST_JOB", 0, "{}", options, 1, number, 4, "", 0, 0, "default")
+        row = (id, "TEST_JOB", 0, "{}", options, 1, number, 4, "", 0, 0, "default", 0.0)
         return RunningJob(row, worker=worker.id, job_type=None, max_crashes=3)
 
     return claim

@@ -63,6 +63,7 @@ NEVER_RUN_BY_WORKERS = {
         "wake_queue",
     ),
     *("queue_settings", "oldest_due", "counts", "workers", "stream", "drop_waiting", "unfinished", "result"),
+    *("measurements", "pools", "waits", "worker_strength", "longest_transaction"),
     *ELSEWHERE,
 }
 """What only the API, the admin UI and clients run. Every other statement is made to fail in a worker, and has to be run there for that."""
@@ -367,6 +368,7 @@ PROVOKED: dict[str, tuple[Callable[[Plant], None] | None, Callable[[Round], None
     "listen": (None, cut_heart),
     "set_limits": (None, restart),
     "unregister_worker": (None, restart),
+    "forget_pools": (None, restart),
     "free": (None, lock_a_job),
     "report_death": (None, kill),
 }
@@ -420,7 +422,8 @@ class Web:
     def ask(self, method: str, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
         """The status and the document of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
+        accepted = "text/plain" if path == "/metrics" else "*/*"
+        headers = {"Content-Type": "application/json", "Accept": accepted} | ({"Idempotency-Key": key} if key else {})
         with contextlib.closing(connection):
             connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
@@ -493,6 +496,11 @@ ASKED = {
     "queue_settings": ("GET", "/health"),
     "oldest_due": ("GET", "/health"),
     "counts": ("GET", "/metrics"),
+    "measurements": ("GET", "/metrics"),
+    "pools": ("GET", "/metrics"),
+    "waits": ("GET", "/metrics"),
+    "worker_strength": ("GET", "/metrics"),
+    "longest_transaction": ("GET", "/metrics"),
     "workers": ("GET", "/health"),
     "remove": ("DELETE", "/jobs/{id}"),
 }

@@ -135,7 +135,7 @@ def test_a_released_job_keeps_its_attempt_number_and_yet_the_old_claim_is_void(s
 def test_a_claim_that_postgresql_forgot_in_a_crash_is_void(system: JobSystem, worker: Worker, database_url: str) -> None:
     job = system.submit("TEST_JOB")
     with psycopg2.connect(database_url) as connection:
-        [(id, *_, forgotten, _, _, _, _, _)] = db.run(connection, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK, n=1)
+        [(id, *_, forgotten, _, _, _, _, _, _)] = db.run(connection, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK, n=1)
         with connection.cursor() as cursor:
             cursor.execute("show synchronous_commit")
             assert cursor.fetchone() == ("off",), "nobody waits for the disk before a job starts"

@@ -377,7 +377,7 @@ def reports(several: list[tuple[str, int]]) -> Act:
 
 
 def outcome(rivals: Rivals, statement: str, held: tuple[str, int]) -> Outcome:
-    row = (held[0], "TEST_JOB", 0, "{}", "{}", 1, held[1], 4, "2030-01-01", 0, 0, "default")
+    row = (held[0], "TEST_JOB", 0, "{}", "{}", 1, held[1], 4, "2030-01-01", 0, 0, "default", 0.0)
     job = RunningJob(row, worker=rivals.worker.id, job_type=None, max_crashes=MAX_CRASHES)
     return finish(job) if statement == "finish" else Outcome(statement, job, {**FAILURE, "status": "FAILED"})
 

@@ -28,6 +28,7 @@ def delays(system: JobSystem, retries: int, number: int = 200) -> list[float]:
             0,
             0,
             "default",
+            0.0,
         )
         job = RunningJob(row, worker="w", job_type=system.types.find("TEST_JOB"), max_crashes=3)
         system.broker.emit_after("process_message", job, exception=RuntimeError("no"))

@@ -43,7 +43,7 @@ def running(system: JobSystem, worker: Worker) -> Callable[[], RunningJob]:
     def claim() -> RunningJob:
         job = system.submit("TEST_JOB")
         [(id, number)] = worker.claim()
-        row = (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, str(job.run_at), 0, 0, "default")
+        row = (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, str(job.run_at), 0, 0, "default", 0.0)
         return RunningJob(row, worker=worker.id, job_type=None, max_crashes=3)
 
     return claim
@@ -115,7 +115,7 @@ def test_a_group_is_one_statement_and_one_commit(system: JobSystem, settlements:
     moment = str(system.job(system.jobs().jobs[0].id).run_at)
     jobs = [
         RunningJob(
-            (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, moment, 0, 0, "default"),
+            (id, "TEST_JOB", 0, "{}", "{}", 1, number, 4, moment, 0, 0, "default", 0.0),
             worker=worker.id,
             job_type=None,
             max_crashes=3,

@@ -12,7 +12,7 @@ CHECKOUT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "ids", "interrupt", "outgoing", "trail"},
     {"settings"},
-    {"logs", "local", "db", "search"},
+    {"logs", "local", "db", "measurements", "search"},
     {"migrations"},
     {"job_types", "submissions"},
     {"jobs", "running"},

@@ -12,7 +12,7 @@ NOON = "2030-01-01 12:00:00"
 
 
 def claimed(priority: int = 0, crashes: int = 0) -> RunningJob:
-    row = (new_job_id(), "TEST_JOB", priority, "{}", "{}", 1, 1, 4, NOON, 0, crashes, "default")
+    row = (new_job_id(), "TEST_JOB", priority, "{}", "{}", 1, 1, 4, NOON, 0, crashes, "default", 0.0)
     return RunningJob(row, worker=new_job_id(), job_type=None, max_crashes=3)
 
 

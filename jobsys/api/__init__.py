@@ -12,7 +12,8 @@ from jobsys.api import problem
 from jobsys.api.admin import AdminJob, AdminJobs, AdminQueue
 from jobsys.api.ingestion import Ingestion
 from jobsys.api.jobs import Job, Jobs
-from jobsys.api.operations import Health, Metrics
+from jobsys.api.metrics import Metrics
+from jobsys.api.operations import Health
 from jobsys.system import JobSystem
 
 

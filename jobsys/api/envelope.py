@@ -10,12 +10,18 @@ import falcon
 from falcon.routing import CompiledRouter
 
 from jobsys import logs, trail
+from jobsys.measurements import Recorder
 
 log = logs.get("jobsys.http")
+
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 class Envelope:
     """The middleware around everything else. `req.context.id` is the request's id from here on."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Give the request its id: the caller's, when it is a sane one."""
@@ -47,8 +53,19 @@ class Envelope:
         trail.leave_request()
 
     def _end(self, req: falcon.Request, status: int) -> None:
-        milliseconds = round((time.perf_counter() - req.context.began) * 1000, 1)
+        seconds = time.perf_counter() - req.context.began
+        self._measure(req, status, seconds)
+        milliseconds = round(seconds * 1000, 1)
         log.info("request", method=req.method, path=req.path, status=status, ms=milliseconds, request_id=req.context.id)
+
+    def _measure(self, req: falcon.Request, status: int, seconds: float) -> None:
+        """Count the request by its route's template, of which there are only so many, and never by its path."""
+        route = req.uri_template or "none"
+        if "wait" in req.params:
+            route += "?wait"  # which takes as long as its client likes
+        method = req.method if req.method in METHODS else "other"
+        self._recorder.measurements.observe("http_request_seconds", (route, method, str(status)), seconds)
+        self._recorder.start()
 
 
 class Router(CompiledRouter):

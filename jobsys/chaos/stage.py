@@ -182,6 +182,7 @@ class Stage:
         if not self.query("select 1 from jobs where queue = %(queue)s and status = 'PENDING' limit 1", queue=QUEUE):
             self.query("delete from tally_log where queue = %(queue)s", queue=QUEUE)
             self.query("delete from tallies where queue = %(queue)s", queue=QUEUE)
+            self.query("delete from measurements where labels->>'queue' = %(queue)s", queue=QUEUE)
 
     def _serving(self) -> int:
         try:
