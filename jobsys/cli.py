@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -339,6 +340,21 @@ def doctor(as_json: bool) -> int:
     findings = examine(_settings())
     terminal.print_findings(findings, as_json=as_json)
     return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+@commands.command()
+@click.argument("what", type=click.Choice(["alerts", "dashboard", "scrape"]))
+def monitoring(what: str) -> int:
+    """Print a file for Prometheus or Grafana.
+
+    \b
+    alerts      alert rules, each with what to do about it
+    dashboard   a dashboard, to be imported into Grafana
+    scrape      what prometheus.yml needs
+    """
+    name = {"alerts": "alerts.yml", "dashboard": "dashboard.json", "scrape": "scrape.yml"}[what]
+    click.echo((Path(__file__).parent / "monitoring" / name).read_text(encoding="utf-8"), nl=False)
+    return 0
 
 
 @commands.command()

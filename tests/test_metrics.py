@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
 import webtest
-from conftest import Running, eventually, execute, samples, scrape
+import yaml
+from conftest import CHECKOUT, Running, environment, eventually, execute, samples, scrape
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -27,6 +31,7 @@ from jobsys.measurements import METRICS, Measurements, Recorder
 from jobsys.settings import Settings
 from jobsys.system import JobSystem, Submission
 
+MONITORING = CHECKOUT / "jobsys" / "monitoring"
 TEXT = {"Accept": "text/plain;version=0.0.4"}
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0"}
 
@@ -293,3 +298,72 @@ def test_the_exposition_follows_the_conventions(
 def test_promtool_is_content(busy: webtest.TestApp, promtool: str) -> None:
     checked = subprocess.run([promtool, "check", "metrics"], input=busy.get("/metrics", headers=TEXT).text, capture_output=True, text=True)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def expressions() -> list[str]:
+    """What the alert rules, the panels and the variables of the dashboard ask."""
+    rules = [rule["expr"] for group in yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    return rules + panels + [each["query"]["query"] for each in dashboard["templating"]["list"]]
+
+
+def test_rules_and_dashboard_ask_for_nothing_that_is_not_there(busy: webtest.TestApp) -> None:
+    there: dict[str, set[str]] = {"up": {"job"}}
+    for family in parse_text(busy.get("/metrics", headers=TEXT).text):
+        for sample in family.samples:
+            there.setdefault(sample.name, set()).update(sample.labels)
+    used = set()
+    for expression in expressions():
+        names = set(re.findall(r"\b(?:jobsys_\w+|up)\b", expression))
+        assert names and names <= there.keys(), expression
+        for name, selector in re.findall(r"\b(\w+)\{(.*?)\}", expression):
+            assert set(re.findall(r"(\w+)\s*=~?", selector)) <= there[name], expression
+        grouped = {label.strip() for labels in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression) for label in labels.split(",")}
+        assert grouped <= set().union(*(there[name] for name in names)), expression
+        used |= {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
+    assert used >= {f"jobsys_{name}" for name in METRICS}
+
+
+def test_promtool_reads_every_expression(promtool: str, tmp_path: Path) -> None:
+    readable = [re.sub(r"\$__rate_interval", "5m", each) for each in expressions() if not each.startswith("label_values")]
+    rules = [{"record": f"rule:{number}", "expr": each} for number, each in enumerate(readable)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "all", "rules": rules}]}))
+    checked = subprocess.run([promtool, "check", "rules", str(tmp_path / "rules.yml")], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    [source] = dashboard["__inputs"]
+    assert (source["name"], source["type"], source["pluginId"]) == ("DS_PROMETHEUS", "datasource", "prometheus")
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) and dashboard["id"] is None
+    kinds = {each["id"] for each in dashboard["__requires"] if each["type"] == "panel"}
+    taken = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        assert not cells & taken and max(x for x, _ in cells) < 24, panel["title"]
+        taken |= cells
+        if panel["type"] != "row":
+            assert panel["type"] in kinds and panel["description"] and panel["fieldConfig"]["defaults"]["unit"]
+            for asked in (panel, *panel["targets"]):
+                assert asked["datasource"] == {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}
+            assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    for variable in re.findall(r"\$(?!__)(\w+)", " ".join(expressions())):
+        assert variable in {each["name"] for each in dashboard["templating"]["list"]}
+
+
+@pytest.mark.parametrize(("what", "file"), [("alerts", "alerts.yml"), ("dashboard", "dashboard.json"), ("scrape", "scrape.yml")])
+def test_the_command_line_prints_the_files(what: str, file: str, settings: Settings) -> None:
+    command = [sys.executable, "-m", "jobsys", "monitoring", what]
+    printed = subprocess.run(command, env=environment(settings), capture_output=True, text=True, check=True).stdout
+    assert printed == (MONITORING / file).read_text()
+
+
+def test_the_scrape_configuration_is_valid(promtool: str, tmp_path: Path) -> None:
+    (tmp_path / "jobsys-alerts.yml").write_bytes((MONITORING / "alerts.yml").read_bytes())
+    (tmp_path / "prometheus.yml").write_bytes((MONITORING / "scrape.yml").read_bytes())
+    checked = subprocess.run([promtool, "check", "config", "prometheus.yml"], cwd=tmp_path, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
