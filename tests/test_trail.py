@@ -113,7 +113,7 @@ def ended(system: Any) -> list[Any]:
 
 def running(**values: Any) -> RunningJob:
     options = json.dumps(values)
-    row = ("01a2057e-02b3-7000-8e7e-b3f3ad405f07", "TEST_JOB", 0, "{}", options, 1, 1, 4, "2026-01-01 00:00:00", 0, 0, "default")
+    row = ("01a2057e-02b3-7000-8e7e-b3f3ad405f07", "TEST_JOB", 0, "{}", options, 1, 1, 4, "2026-01-01 00:00:00", 0, 0, "default", 0.0)
     job = RunningJob(row, worker="", job_type=registry.load().types["TEST_JOB"], max_crashes=3)
     job.began_at = 0.0
     return job
