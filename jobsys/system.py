@@ -318,6 +318,13 @@ class JobSystem:
         ids = list(job_ids)
         return {job_id for (job_id,) in self.database.run("unfinished_jobs", ids=ids)} if ids else set()
 
+    def stirred(self, watched: Iterable[tuple[str, str, str]]) -> set[str]:
+        """Those of these jobs of which there is something new since a `timeline.Look` at them, given as (id, version, snapshot)."""
+        ids, versions, snapshots = ([*column] for column in zip(*watched, strict=True)) if watched else ([], [], [])
+        return (
+            {job_id for (job_id,) in self.database.run("stirred_jobs", ids=ids, versions=versions, snapshots=snapshots)} if ids else set()
+        )
+
     def group(self, group_id: str) -> list[JobRecord]:
         """The jobs of a group, in the order they were submitted; [] when there is no such group."""
         return [_record(row) for row in self.database.run("group", group_id=group_id)] if is_job_id(group_id) else []

@@ -50,6 +50,46 @@ order by claim;
 -- name: events
 select at, kind, attempt, by, message from events where job_id = %(id)s order by at;
 
+-- name: timeline
+-- A page of what was written about a job and was not yet visible in the snapshot `seen`, in the order of (xact, number) from `xact` and
+-- `number` on; with `upto`, only what was visible in that snapshot. The rows of the page stand beside the job as it is. One statement is one
+-- snapshot.
+select
+    jobs.xmin::text, coalesce(%(upto)s::pg_snapshot, pg_current_snapshot())::text, jobs.status, jobs.claim, jobs.attempt,
+    jobs.created_at, jobs.run_at, jobs.started_at, jobs.finished_at, jobs.worker::text,
+    page.xact::text::bigint, page.number, page.at, page.kind, page.attempt, page.by, page.message,
+    page.claim, page.started_at, page.worker, page.type, page.traceback
+from jobs left join lateral (
+    select
+        xact, number, at, kind, attempt, by, message,
+        null::bigint as claim, null::timestamptz as started_at, null as worker, null as type, null as traceback
+    from events_between(
+        jobs.id, %(seen)s::pg_snapshot, %(upto)s::pg_snapshot, %(xact)s::text::xid8, %(number)s::bigint, %(limit)s::integer
+    )
+    union all
+    select xact, 0, at, 'failed', attempt, null, message, claim, started_at, worker::text, type, traceback
+    from failures
+    where job_id = jobs.id and (xact, 0) > (%(xact)s::text::xid8, %(number)s::bigint)
+        and came_between(xact, %(seen)s::pg_snapshot, %(upto)s::pg_snapshot)
+    order by xact, number
+    limit %(limit)s
+) as page on true
+where jobs.id = %(id)s
+order by page.xact, page.number;
+
+-- name: stirred_jobs
+-- Which of these jobs have changed since somebody saw them at this version, by this snapshot? Those that are gone have.
+select distinct watched.id::text
+from unnest(%(ids)s::uuid[], %(versions)s::text[], %(snapshots)s::text[]) as watched(id, version, snapshot)
+left join jobs on jobs.id = watched.id
+where jobs.id is null or jobs.xmin::text <> watched.version
+    or exists (
+        select from events
+        where job_id = watched.id
+            and xact >= pg_snapshot_xmin(watched.snapshot::pg_snapshot) and xact < pg_snapshot_xmax(pg_current_snapshot())
+            and not pg_visible_in_snapshot(xact, watched.snapshot::pg_snapshot)
+    );
+
 -- name: cancel
 -- A waiting job is cancelled at once, a running one is asked to stop; its worker is told through the channel.
 -- Who was asked twice, to stop and to be removed, is removed.

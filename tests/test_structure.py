@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"claims", "settlements"},
     {"chores", "heart", "lookout", "presence"},
     {"broker"},
-    {"system"},
+    {"system", "timeline"},
     {"api", "admin_ui"},
     {"app", "worker", "gunicorn_conf", "gunicorn_worker"},
     {"dev", "arguments", "terminal", "smoke", "chaos", "doctor", "cli"},

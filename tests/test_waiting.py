@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+import psycopg2
 import pytest
 from conftest import Running, eventually, execute
 
@@ -46,10 +47,15 @@ class Client:
 
     def answer(self, method: str = "GET") -> tuple[int, http.client.HTTPMessage, Any]:
         """The next answer: status, headers, body."""
-        answer = http.client.HTTPResponse(self._next(), method=method)  # type: ignore[arg-type]
-        answer.begin()
+        answer = self.begin(method)
         body = answer.read()
         return answer.status, answer.headers, json.loads(body) if body else None
+
+    def begin(self, method: str = "GET") -> http.client.HTTPResponse:
+        """The next answer, of which only the head has been read."""
+        answer = http.client.HTTPResponse(self._next(), method=method)  # type: ignore[arg-type]
+        answer.begin()
+        return answer
 
     def ask(self, path: str, *headers: str) -> tuple[int, http.client.HTTPMessage, Any]:
         return self.send(path, *headers).answer()
@@ -279,3 +285,210 @@ def test_those_who_wait_outlast_a_short_absence_of_the_database_and_are_told_of_
             assert (status, body["status"], headers["Retry-After"]) == (503, 503, "5")
             assert headers["Content-Type"] == "application/problem+json"
         assert connect(web).ask("/health/live")[0] == 200
+
+
+class Events:
+    """A stream of events being read; `ids`, `kinds` and `names` of what came so far."""
+
+    def __init__(self, client: Client, job_id: str, last_id: str | None = None) -> None:
+        again = (f"Last-Event-ID: {last_id}",) if last_id else ()
+        self.client = client.send(f"/jobs/{job_id}/events", "Accept: text/event-stream", *again)
+        self.answer = client.begin()
+        self.ids: list[str] = []
+        self.events: list[dict[str, Any]] = []
+        self.fields: list[tuple[str, str]] = []
+
+    def next(self) -> dict[str, str]:
+        """The fields of the next block; {} at the end of the stream."""
+        block = {}
+        while line := self.answer.readline().decode():
+            if line == "\n":
+                if "data" in block:
+                    self.ids.append(block.get("id", ""))
+                    self.events.append(json.loads(block["data"]))
+                return block
+            name, _, value = line.rstrip("\n").partition(":")
+            block[name or "comment"] = value.lstrip()
+        return {}
+
+    def until(self, kind: str) -> Events:
+        """Read up to the next event of this kind."""
+        while block := self.next():
+            if "data" in block and self.events[-1].get("kind", block.get("event")) == kind:
+                return self
+        raise AssertionError(f"the stream ended before {kind}: {self.events}")
+
+    @property
+    def kinds(self) -> list[str]:
+        return [event.get("kind", "end") for event in self.events]
+
+
+def timeline_of(web: Running, job_id: str) -> list[dict[str, Any]]:
+    client = Client(web)
+    with contextlib.closing(client):
+        events: list[dict[str, Any]] = client.ask(f"/jobs/{job_id}/events")[2]["events"]
+        return events
+
+
+def test_a_stream_tells_each_event_when_it_comes_and_ends_after_the_last(
+    web: Running, system: JobSystem, connect: Connect, start_worker: Start
+) -> None:
+    job_id = system.submit("TEST_JOB", {"failTimes": 2, "progressSteps": 3, "sleepMs": 300}).id
+    stream = Events(connect(web), job_id)
+    headers = stream.answer.headers
+    assert (stream.answer.status, headers["Content-Type"], headers["Connection"]) == (200, "text/event-stream", "close")
+    assert (headers["X-Accel-Buffering"], headers["Content-Length"], headers["Cache-Control"]) == ("no", None, "no-store")
+    assert stream.next() == {"retry": "2000"}
+    assert stream.until("created").kinds == ["created"]
+    start_worker()
+    stream.until("end")
+    assert stream.next() == {}
+    assert stream.events[-1] == {"jobId": job_id, "status": "COMPLETED"}
+    told = [event for event in stream.events[:-1] if event["kind"] != "due"]
+    assert told == timeline_of(web, job_id)
+    assert [kind for kind in stream.kinds if kind in ("started", "failed", "finished")] == ["started", "failed"] * 2 + [
+        "started",
+        "finished",
+    ]
+    assert "log" in stream.kinds
+
+    again = connect(web).send(f"/jobs/{job_id}/events", "Accept: text/event-stream", f"Last-Event-ID: {stream.ids[-1]}")
+    assert again.begin().status == 204
+    for number, last_id in enumerate(stream.ids[:-1]):
+        rest = Events(connect(web), job_id, last_id).until("end")
+        assert [event for event in rest.events if event.get("kind") != "due"] == [
+            event for event in stream.events[number + 1 :] if event.get("kind") != "due"
+        ]
+    system_events = [event.kind for event in system.events(job_id)]
+    assert system_events == [event["kind"] for event in told]
+
+
+def test_a_broken_stream_goes_on_where_it_was_however_much_there_is_and_in_whatever_order_it_was_committed(
+    web: Running, system: JobSystem, settings: Settings, connect: Connect
+) -> None:
+    job_id = system.submit("TEST_JOB").id
+    url = str(settings.database_url)
+    write = "insert into events (job_id, at, kind, message) select %s, '2030-01-01', 'log', %s || n from generate_series(1, %s) as n"
+    execute(url, write, job_id, "early ", 1000)
+    dice = random.Random(1)
+    last_id, told = None, []
+
+    def read_some(upto: str | None) -> None:
+        """Read on, over streams that break off anywhere."""
+        nonlocal last_id
+        while True:
+            client = connect(web)
+            stream = Events(client, job_id, last_id)
+            for _ in range(dice.randint(1, 150)):
+                if "data" in stream.next() and stream.events[-1].get("message") == upto:
+                    break
+            client.close()
+            told.extend(stream.events)
+            last_id = stream.ids[-1] if stream.ids else last_id
+            if told[-1].get("message") == upto:
+                return
+
+    with contextlib.closing(psycopg2.connect(url)) as late:
+        late.cursor().execute(write, (job_id, "late ", 300))  # numbered now, committed later
+        execute(url, write, job_id, "between ", 300)
+        read_some("between 300")
+        with late.cursor() as cursor:
+            cursor.execute("savepoint here")
+            cursor.execute(write, (job_id, "later ", 1))
+            cursor.execute("release savepoint here")
+        stream = Events(connect(web), job_id, last_id)
+        assert stream.next() == {"retry": "2000"}
+        execute(url, write, job_id, "meanwhile ", 1)
+        stream.until("log")
+        late.commit()
+        stream.until("log")
+    assert [event["message"] for event in stream.events] == ["meanwhile 1", "late 1"]
+    stream.client.close()
+    told += stream.events
+    last_id = stream.ids[-1]
+    read_some("later 1")
+    execute(url, write, job_id, "last ", 1)
+    system.cancel(job_id)
+    stream = Events(connect(web), job_id, last_id).until("end")
+    told += stream.events[:-1]
+    counts = {"early": 1000, "late": 300, "between": 300, "later": 1, "meanwhile": 1, "last": 1}
+    messages = [event["message"] for event in told if event["kind"] == "log"]
+    assert sorted(messages) == sorted(f"{name} {n}" for name, count in counts.items() for n in range(1, count + 1))
+    for name, count in counts.items():
+        assert [each for each in messages if each.startswith(f"{name} ")] == [f"{name} {n}" for n in range(1, count + 1)]
+    assert sorted(event["kind"] for event in told if event["kind"] != "log") == ["cancelled", "created", "finished"]
+
+
+def test_a_retried_job_goes_on_in_its_stream(web: Running, system: JobSystem, connect: Connect) -> None:
+    job_id = system.submit("TEST_JOB").id
+    system.cancel(job_id)
+    first = Events(connect(web), job_id).until("end")
+    assert sorted(first.kinds[:-1]) == ["cancelled", "created", "finished"]
+    system.retry(job_id, by="somebody")
+    second = Events(connect(web), job_id, first.ids[-1]).until("retried")
+    system.remove(job_id)
+    assert second.until("end").kinds == ["retried", "end"]
+    assert second.events[-1]["status"] is None
+    gone = connect(web).send(f"/jobs/{job_id}/events", "Accept: text/event-stream", f"Last-Event-ID: {second.ids[0]}")
+    assert gone.begin().status == 404
+
+
+def test_who_does_not_read_its_stream_stops_nobody_and_fills_no_memory(
+    web: Running, system: JobSystem, settings: Settings, connect: Connect
+) -> None:
+    job_id = system.submit("TEST_JOB").id
+    write = "insert into events (job_id, kind, message) select %s, 'log', repeat('x', 4000) || n from generate_series(1, 5000) as n"
+    execute(str(settings.database_url), write, job_id)
+    [process] = [process for process in web.family if process.pid != web.pid]
+    before = process.memory_info().rss
+    deaf = [Events(connect(web), job_id) for _ in range(10)]  # 20 MB for each of them
+    assert [connect(web).post() for _ in range(20)] == [202] * 20
+    assert process.memory_info().rss - before < 60 * 2**20
+    one = deaf[7]
+    system.cancel(job_id)
+    one.until("end")
+    assert [event["message"][4000:] for event in one.events if event.get("kind") == "log"] == [str(n) for n in range(1, 5_001)]
+    for stream in deaf:
+        stream.client.close()
+    eventually(lambda: connections(web) <= 20 + 1)
+    assert "Traceback" not in web.output
+
+
+def test_only_who_prefers_a_stream_gets_one_and_only_from_a_place_there_was(web: Running, system: JobSystem, connect: Connect) -> None:
+    job_id = system.submit("TEST_JOB").id
+    client = connect(web)
+    for accept in ("*/*", "application/json", "text/event-stream;q=0.5, application/json", "nonsense"):
+        status, headers, body = client.ask(f"/jobs/{job_id}/events", f"Accept: {accept}")
+        assert (status, headers["Content-Type"], headers["Vary"]) == (200, "application/json", "Accept")
+        assert [event["kind"] for event in body["events"]] == ["created"]
+    for wrong in ("7", "x" * 500, ";;0;0;0;0;0;0", "9:3:;;0;0;0;0;0;0;0", "1:9:9;;0;0;0;0;0;0;0", "' or 1=1", "1:9:;;-1;0;0;0;0;0;0"):
+        status, headers, body = client.ask(f"/jobs/{job_id}/events", "Accept: text/event-stream", f"Last-Event-ID: {wrong}")
+        assert (status, headers["Content-Type"]) == (400, "application/problem+json") and "Last-Event-ID" in body["detail"]
+    head = client.send(f"/jobs/{job_id}/events", "Accept: text/event-stream", method="HEAD").answer("HEAD")
+    assert (head[0], head[1]["Content-Type"], head[2]) == (200, "text/event-stream", None)
+    old = connect(web).send(f"/jobs/{job_id}/events", "Accept: text/event-stream", version="1.0")
+    system.cancel(job_id)
+    answer = old.begin()
+    assert answer.headers["Transfer-Encoding"] is None and answer.read().rstrip().endswith(b'"status": "CANCELLED"}')
+
+
+def test_streams_end_with_the_server_and_outlast_the_database(
+    start_web: Start, system: JobSystem, settings: Settings, connect: Connect
+) -> None:
+    with contextlib.closing(Proxy(str(settings.database_url))) as proxy:
+        web = start_web(WEB_PROCESSES=1, WEB_THREADS=2, DATABASE_URL=proxy.url)
+        job_id = system.submit("TEST_JOB").id
+        streams = [Events(connect(web), job_id).until("created") for _ in range(20)]
+        waiting = connect(web).send(f"/jobs/{job_id}?wait=30")
+        proxy.refuses = True
+        proxy.cut()
+        assert waiting.answer()[0] == 503
+        proxy.refuses = False
+        execute(str(settings.database_url), "insert into events (job_id, kind, message) values (%s, 'log', 'after all')", job_id)
+        for stream in streams:
+            assert stream.until("log").events[-1]["message"] == "after all"
+        web.signal(signal.SIGTERM)
+        for stream in streams:
+            assert stream.next() == {}
+        assert web.wait() == 0
+        assert "Traceback" not in web.output

@@ -11,7 +11,7 @@ from typing import IO, Any
 import falcon
 
 from jobsys import trail
-from jobsys.api import body, filters, waiting, wire
+from jobsys.api import body, event_stream, filters, waiting, wire
 from jobsys.api.problem import Problem
 from jobsys.api.waiting import Waits
 from jobsys.errors import InvalidSubmission
@@ -71,7 +71,11 @@ class Job:
         accept(resp, self._system.retry(job_id, by="api"))
 
     def on_get_events(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """Answer the job's timeline, oldest first."""
+        """Answer the job's timeline, oldest first; as a stream that goes on to its end, to an Accept that prefers text/event-stream."""
+        resp.append_header("Vary", "Accept")
+        if event_stream.is_wanted(req):
+            event_stream.answer(self._waits, req, resp, job_id)
+            return
         resp.media = {"jobId": job_id, "events": [wire.event(entry) for entry in self._system.events(job_id)]}
 
     def on_get_artifact(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:

@@ -127,7 +127,8 @@ class Waits:
 
     def _due(self, waiters: list[Waiter]) -> set[Waiter]:
         unfinished = self.system.unfinished({waiter.job_id for waiter in waiters if waiter.seen is None})
-        return {waiter for waiter in waiters if waiter.seen is None and waiter.job_id not in unfinished}
+        stirred = self.system.stirred({(waiter.job_id, *waiter.seen) for waiter in waiters if waiter.seen is not None})
+        return {each for each in waiters if (each.job_id in stirred if each.seen is not None else each.job_id not in unfinished)}
 
 
 class JobWaiter(Waiter):
