@@ -56,6 +56,7 @@ class Chores(threading.Thread):
             Chore(self.sum_tallies, poll, shared=True),
             Chore(self.rescue_orphans, 30.0, shared=True),
             Chore(self.prune, 60.0, shared=True),
+            Chore(self.prune_rate_limits, 60.0, shared=True),
         ]
         self._due = [time.monotonic() + chore.every for chore in self._chores]
 
@@ -129,6 +130,11 @@ class Chores(threading.Thread):
         last, seen, _ = self._database.run("prune", after=self._pruned_to, days=self._settings.retention_days)[0]
         self._pruned_to = last if seen == 1000 else FIRST_ID
         return self._share() * PRUNE_PAUSE * (time.monotonic() - began) if seen == 1000 else None
+
+    def prune_rate_limits(self) -> None:
+        """Forget clients whose window of the rate limit is over."""
+        while len(self._database.run("prune_rate_limits")) == 10_000:
+            pass
 
     def _rescue_jobs_of(self, worker: str, reason: str) -> None:
         while not self._stopped.is_set():

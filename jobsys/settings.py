@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,6 +95,13 @@ class Settings(BaseSettings):
         None, repr=False, description="Reserved for bearer tokens; when set, the API refuses to start until they exist."
     )
 
+    rate_limit: Rate = Field(
+        (600, 60.0), description="Requests a client may make to the API, over all web servers: n/period; 0 is without limit."
+    )
+    trusted_proxies: Annotated[list[IPv4Network | IPv6Network], NoDecode] = Field(
+        [], description="Comma-separated addresses and networks of proxies, whose X-Forwarded-For is believed."
+    )
+
     web_processes: Count = Field(2, description="Web server processes.")
     web_threads: Count = Field(8, description="Threads in each of them.")
     worker_processes: Count = Field(2, description="Worker processes that `jobsys worker` keeps running.")
@@ -137,6 +145,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _read_networks(cls, value: Any) -> Any:
+        return [_network(text.strip()) for text in value.split(",") if text.strip()] if isinstance(value, str) else value
 
     @field_validator("smtp_tls", "log_level")
     @classmethod
@@ -188,6 +201,14 @@ class Settings(BaseSettings):
         password = self.admin_pass or self.admin_password
         user = self.admin_user or ("admin" if self.admin_password else None)
         return (user, password) if user and password else None
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(text)
+    except ValueError as error:
+        why = f" ({error})" if "host bits" in str(error) else ""
+        raise ValueError(f'"{text}" is neither an address nor a network such as 10.0.0.0/8 or fd00::/8{why}') from None
 
 
 def _complaint(error: Any) -> str:

@@ -451,6 +451,15 @@ set size = excluded.size, in_use = excluded.in_use, idle = excluded.idle, good_u
 -- name: forget_pools
 delete from process_pools where process = %(process)s::uuid;
 
+-- name: count_requests
+select client, used, seconds_left from count_requests(%(clients)s, %(numbers)s, %(period)s * interval '1 second');
+
+-- name: prune_rate_limits
+-- Clients whose window is over, a bounded number at a time.
+delete from rate_limits
+where client = any(array(select client from rate_limits where ends_at < clock_timestamp() limit 10000 for update skip locked))
+returning 1;
+
 -- name: set_limits
 insert into queues (name, rate_count, rate_period, max_running)
 values (%(queue)s, %(rate_count)s, %(rate_period)s * interval '1 second', %(max_running)s)

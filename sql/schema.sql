@@ -190,6 +190,14 @@ create table process_pools (
     primary key (process, name)
 ) with (fillfactor = 50);
 
+-- How many requests each client made in its window of the rate limit; jobsys/api/rate_limit.py says how it is kept. Unlogged: what is written here
+-- is worth no wait for the disk. A crash of PostgreSQL empties it, and a window of every client begins anew.
+create unlogged table rate_limits (
+    client  text        primary key,
+    ends_at timestamptz not null,           -- the window's end; the next one begins with the next request
+    used    bigint      not null            -- may go beyond the limit: those requests were refused
+) with (fillfactor = 50);
+
 create table schema_versions (
     version    integer     primary key,
     name       text        not null,
@@ -379,4 +387,24 @@ begin
         and xact >= coalesce(pg_snapshot_xmin(seen), '0') and came_between(xact, seen, upto)
     order by xact, number
     limit most;
+end $$;
+
+-- Count what clients asked for, each in a window that lasts for `period` from its first request on; how many it has by now, and the seconds
+-- the window has left. Waits briefly for a lock, and not for the disk. Clients are taken in order, so that two calls can't wait for each other.
+create function count_requests(clients text[], numbers bigint[], period interval)
+returns table (client text, used bigint, seconds_left float8)
+language plpgsql
+set lock_timeout = '300ms' as $$
+#variable_conflict use_column
+begin
+    return query
+    insert into rate_limits as known (client, ends_at, used)
+    select came.client, clock_timestamp() + period, came.number
+    from unnest(clients, numbers) as came(client, number)
+    order by came.client
+    on conflict (client) do update set
+        used = excluded.used + case when known.ends_at + period > excluded.ends_at then known.used else 0 end,
+        -- No window is longer than the period, even if the limit or the server's clock was changed.
+        ends_at = case when known.ends_at + period > excluded.ends_at then least(known.ends_at, excluded.ends_at) else excluded.ends_at end
+    returning known.client, known.used, extract(epoch from known.ends_at - clock_timestamp())::float8;
 end $$;

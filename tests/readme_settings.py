@@ -18,7 +18,7 @@ def shown(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "`1`" if value else "`0`"
     if isinstance(value, tuple):
-        return f"`{value[0]}/{value[1]:g}s`"
+        return f"`{value[0]}/minute`" if value[1] == 60 else f"`{value[0]}/{value[1]:g}s`"
     if isinstance(value, float) and "float" in annotation:
         unit, size = next((unit, size) for unit, size in DURATIONS if value >= size and value % size == 0)
         return f"`{value / size:g}{unit}`"
