@@ -1,11 +1,12 @@
 """Posts jobs over connections that stay open: by wrk where it is on the PATH, else by a loop over plain sockets in a process of its own.
 
-`python -m tests.benchmarks.posts PORT SECONDS` is that process.
+`python -m tests.benchmarks.posts PORT SECONDS` is that process. With CLIENTS=n in its environment, a proxy says that n clients are posting.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,30 +26,34 @@ from tests.benchmarks.result import percentiles
 
 CONNECTIONS = 32
 BODY = b'{"type": "NOOP", "payload": {}}'
-REQUEST = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+HEAD = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(BODY)
 
 
 @contextlib.contextmanager
-def web(system: JobSystem) -> Iterator[tuple[int, int]]:
-    """The web server as the Procfile starts it; its port, and the number of its process."""
+def web(system: JobSystem, **env: str) -> Iterator[tuple[int, int]]:
+    """The web server as the Procfile starts it, without a rate limit unless one is given; its port, and the number of its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "gunicorn", "jobsys.app:create_app()", "--config", "python:jobsys.gunicorn_conf"]
-    env = environment(system, HOST="127.0.0.1", PORT=str(port), WEB_PROCESSES=str(PROCESSES))
+    ours = {"HOST": "127.0.0.1", "PORT": str(port), "WEB_PROCESSES": str(PROCESSES), "RATE_LIMIT": "0"}
+    env = environment(system, **ours | env)
     with program(command, env) as process:
         wait_until(lambda: _answers(port), "the web server answers", process=process)
         yield port, process.pid
 
 
-def post(port: int, seconds: int) -> dict[str, float]:
-    """What came of posting for so long: `requests`, `failed`, `rate` in a second, `p50` and `p99` in ms."""
+def post(port: int, seconds: int, *, clients: int = 0) -> dict[str, float]:
+    """What came of posting for so long: `requests`, `failed`, `rate` in a second, `p50` and `p99` in ms.
+
+    The requests are those of so many `clients`, by X-Forwarded-For.
+    """
     if wrk := shutil.which("wrk"):
         script = str(Path(__file__).parent / "post_jobs.lua")
         command = [wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "10s", "-s", script, f"http://127.0.0.1:{port}/jobs"]
     else:
         command = [sys.executable, "-m", __name__, str(port), str(seconds)]
-    env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT), "CLIENTS": str(clients)}
     done = subprocess.run(command, env=env, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.rpartition("RESULT ")[2])
     if found["failed"]:
@@ -63,12 +68,13 @@ def main(port: int, seconds: float) -> dict[str, float]:
     answers: dict[socket.socket, bytes] = {}
     waits: list[float] = []
     failed = 0
+    requests = itertools.cycle(_requests(int(os.environ.get("CLIENTS", "0"))))
     start = time.perf_counter()
     for _ in range(CONNECTIONS):
         connection = socket.create_connection(("127.0.0.1", port))
         selector.register(connection, selectors.EVENT_READ)
         sent[connection] = time.perf_counter()
-        connection.sendall(REQUEST)
+        connection.sendall(next(requests))
     while time.perf_counter() < start + seconds:
         for key, _ in selector.select(1):
             connection = key.fileobj  # type: ignore[assignment]
@@ -81,8 +87,13 @@ def main(port: int, seconds: float) -> dict[str, float]:
             now = time.perf_counter()
             waits.append((now - sent[connection]) * 1000)
             sent[connection] = now
-            connection.sendall(REQUEST)
+            connection.sendall(next(requests))
     return {"requests": len(waits), "seconds": time.perf_counter() - start, "failed": failed} | percentiles(waits, 50, 99)
+
+
+def _requests(clients: int) -> list[bytes]:
+    headers = [b"X-Forwarded-For: 10.0.%d.%d\r\n" % divmod(number, 256) for number in range(clients)]
+    return [HEAD + header + b"\r\n" + BODY for header in headers or [b""]]
 
 
 def _whole(answer: bytes) -> bool:
