@@ -7,7 +7,7 @@ from typing import Any
 import falcon
 
 import admin_ui
-from jobsys import api, logs
+from jobsys import api, logs, tracing
 from jobsys.api.access import AdminDoor, check
 from jobsys.api.envelope import Envelope, Router
 from jobsys.api.rate_limit import RateLimit
@@ -25,7 +25,12 @@ def create_app(settings: Settings | None = None, system: JobSystem | None = None
     if system is None:
         logs.configure(settings, process="web")
         system = JobSystem(settings)
-    middleware: Any = [Envelope(system.recorder), AdminDoor(settings), RateLimit(settings, system.database.url)]
+    middleware: Any = [
+        Envelope(system.recorder),
+        *([tracing.RequestSpans()] if tracing.active else []),
+        AdminDoor(settings),
+        RateLimit(settings, system.database.url),
+    ]
     app = falcon.App(middleware=middleware, router=Router())
     app.req_options.strip_url_path_trailing_slash = True
     api.add_to(app, system)

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from jobsys import logs
+from jobsys import logs, trail
 from jobsys.outcomes import Outcome
 
 log = logs.get(__name__)
@@ -63,5 +63,4 @@ class AttemptLog:
 def _what(outcome: Outcome) -> dict[str, Any]:
     job = outcome.job
     seconds = {} if job.began_at is None else {"seconds": round(job.ended_at - job.began_at, 3)}
-    ids = {"request_id": job.carried["request_id"]} if "request_id" in job.carried else {}
-    return {"job_id": job.message_id, **ids, "type": job.actor_name, "attempt": job.attempt, **seconds}
+    return {"job_id": job.message_id, **trail.ids(job.carried), "type": job.actor_name, "attempt": job.attempt, **seconds}

@@ -26,7 +26,7 @@ from dramatiq.results.errors import ResultFailure, ResultMissing, ResultTimeout
 from dramatiq_pg.broker import PostgresBroker, PostgresConsumer
 from pydantic import ValidationError
 
-from jobsys import db, trail
+from jobsys import db, tracing, trail
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission, NotCommitted
 from jobsys.ids import new_job_id
 from jobsys.job_types import PRIORITIES, JobType, Registry, encode
@@ -105,6 +105,8 @@ class JobsBroker(PostgresBroker):
                 return function(*args, **kwargs)
             process = os.getpid()
             try:
+                if tracing.active is not None:
+                    return tracing.active.attempt(running, function, *args, **kwargs)
                 return running.attempt_call.call(function, *args, **kwargs)
             finally:
                 if os.getpid() != process:  # a fork that the job let come back: it is no worker
@@ -248,7 +250,7 @@ class JobsBroker(PostgresBroker):
         defaults = actor.options if actor is not None else {}
         retries = message.options.get("max_retries", defaults.get("max_retries", self.settings.max_retries))
         options = {name: value for name, value in message.options.items() if name not in ("priority", "max_retries")}
-        options = trail.options() | options
+        options = trail.options(job=(message.message_id, message.actor_name, message.queue_name)) | options
         if message.args:
             options["args"] = list(message.args)
         return Submitted(

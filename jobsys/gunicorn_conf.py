@@ -7,7 +7,7 @@ import resource
 import sys
 from typing import Any
 
-from jobsys import logs
+from jobsys import logs, tracing
 from jobsys.api.access import check
 from jobsys.app import create_app
 from jobsys.errors import SettingsError
@@ -55,3 +55,8 @@ def on_starting(server: Any) -> None:
         create_app(_settings)
     except SettingsError as error:
         sys.exit(f"jobsys: {error}")
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    """Send the last spans."""
+    tracing.close()

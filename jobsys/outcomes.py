@@ -71,6 +71,11 @@ def unstorable(job: RunningJob, error: BaseException) -> Outcome:
     return Outcome("bury", job, {"status": "FAILED", "options": encode(job.carried), **failed._asdict()})
 
 
+def described(error: BaseException) -> Failed:
+    """What is kept of an exception, however odd it is."""
+    return Failed(_name_of(error), _message_of(error), _traceback_of(error), _fingerprint(error))
+
+
 def plain_text(text: str, limit: int = 20_000) -> str:
     """`text` as PostgreSQL can store it: NUL and lone surrogates become U+FFFD, and what is beyond `limit` characters is cut out of the
     middle."""
@@ -84,7 +89,7 @@ def _failure(job: RunningJob) -> dict[str, Any]:
     if error is None:
         failed = Failed("ActorNotFound", f"this worker has no job type {job.actor_name}", "", "ActorNotFound")
     else:
-        failed = Failed(_name_of(error), _message_of(error), _traceback_of(error), _fingerprint(error))
+        failed = described(error)
     return {"options": encode(job.lasting_options()), **failed._asdict()}
 
 

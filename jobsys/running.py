@@ -38,6 +38,8 @@ class RunningJob(MessageProxy):
     stop_asked_at: float | None = None
     began_at: float | None = None
     ended_at = 0.0
+    trace: Any = None
+    """What of OpenTelemetry's belongs to the attempt, see tracing.py."""
     _exception: BaseException | None = None
 
     def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None, max_crashes: int) -> None:

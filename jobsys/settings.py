@@ -135,6 +135,10 @@ class Settings(BaseSettings):
     )
     log_file: Path | None = Field(None, description="Also write the log, as JSON lines, to this file.")
 
+    otel_exporter_otlp_endpoint: str | None = Field(
+        None, description="Collector that takes OpenTelemetry traces by OTLP/HTTP, such as `http://127.0.0.1:4318`. Unset: no traces."
+    )
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -175,6 +179,13 @@ class Settings(BaseSettings):
     def _is_one_sender(cls, value: str) -> str:
         if not re.fullmatch(r"[^@<>\s,]+@[^@<>\s,]+|[^@<>,\r\n]*<[^@<>\s,]+@[^@<>\s,]+>", value):
             raise ValueError("must be one address, such as jobs@example.org or Jobs <jobs@example.org>")
+        return value
+
+    @field_validator("otel_exporter_otlp_endpoint")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
         return value
 
     @field_validator("ingest_url")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import dramatiq
 import psycopg2
 
-from jobsys import db, logs, trail
+from jobsys import db, logs, tracing, trail
 from jobsys.broker import JobsBroker
 from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
@@ -179,6 +179,7 @@ class JobSystem:
 
     def __init__(self, settings: Settings | None = None, *, pool_size: int = 8) -> None:
         self.settings = settings or Settings()
+        tracing.configure(self.settings)
         self.database = db.Database(db.url_of(self.settings), size=pool_size, wait=2.0, patience=4.0)
         self._submissions = Submissions(self.database)
         self.broker = JobsBroker(self.database, settings=self.settings)
@@ -492,13 +493,14 @@ class JobSystem:
                 retries = self.settings.max_retries if job_type.max_retries is None else job_type.max_retries
             elif isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 1000:
                 raise InvalidSubmission.of(["maxRetries"], "must be a whole number from 0 to 1000")
+            id = new_job_id()
             return Submitted(
-                id=new_job_id(),
+                id=id,
                 type=job_type.name,
                 queue=job_type.queue,
                 priority=priority,
                 payload=payload,
-                options=_options(submission),
+                options=_options(submission, job=None if loc else (id, job_type.name, job_type.queue)),
                 max_attempts=retries + 1,
                 run_at=_checked_run_at(submission),
                 delay=_checked_delay(submission),
@@ -639,11 +641,11 @@ def _like(text: str) -> str:
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 
-def _options(submission: Submission) -> str:
+def _options(submission: Submission, job: tuple[str, str, str] | None) -> str:
     given = submission.request_id
     if given is not None and not trail.is_request_id(given):
         raise InvalidSubmission.of(["requestId"], "must be 1 to 128 letters, digits or any of _.:/+=@-")
-    carried = trail.options(given)
+    carried = trail.options(given, job=job)
     return encode(carried) if carried else "{}"
 
 

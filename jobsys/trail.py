@@ -11,8 +11,12 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-CARRIED = ("request_id", "traceparent", "tracestate")
 _SANE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+_CARRIED = {
+    "request_id": _SANE_ID,
+    "traceparent": re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
+    "tracestate": re.compile(r"[ -~]{1,512}"),
+}
 _NOTHING_ELSE = re.compile(r'\{"request_id": "([\w.:/+=@-]{1,128})"\}', re.ASCII)
 _request: ContextVar[dict[str, Any] | None] = ContextVar("jobsys_request", default=None)
 
@@ -22,7 +26,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
-add_trace: Callable[[dict[str, Any]], None] | None = None
+add_trace: Callable[[dict[str, Any], tuple[str, str, str] | None], None] | None = None
 """What adds the trace at hand to the options of a job; tracing.py puts it here when traces are wanted."""
 
 
@@ -52,6 +56,11 @@ def enter_attempt(job: Any) -> None:
     _here.job = job
 
 
+def attempt() -> Any:
+    """The RunningJob whose attempt this thread runs or ends, or None."""
+    return _here.job
+
+
 def request_id() -> str | None:
     """The id of the request in whose course this thread acts, be it serving it or running a job that goes back to it."""
     request = _request.get()
@@ -60,12 +69,13 @@ def request_id() -> str | None:
     return None if _here.job is None else _here.job.carried.get("request_id")
 
 
-def options(given: str | None = None) -> dict[str, Any]:
-    """The options to submit a job with: the id of the request, `given` or the one at hand, and the trace, where there are such."""
+def options(given: str | None = None, *, job: tuple[str, str, str] | None = None) -> dict[str, Any]:
+    """The options to submit a job with: the id of the request, `given` or the one at hand, and the trace, where there are such. `job` is
+    its (id, type, queue) unless it is one of many."""
     found = given or request_id()
     carried: dict[str, Any] = {} if found is None else {"request_id": found}
     if add_trace is not None:
-        add_trace(carried)
+        add_trace(carried, job)
     return carried
 
 
@@ -76,19 +86,20 @@ def only_id(options: str) -> str | None:
 
 
 def taken_from(options: dict[str, Any]) -> dict[str, Any]:
-    """What is carried, taken out of the options of a job. Anybody may have written these: what can't be an id is none."""
-    carried = {name: options.pop(name) for name in CARRIED if name in options}
-    if "request_id" in carried and not is_request_id(carried["request_id"]):
-        del carried["request_id"]
-    return carried
+    """What is carried, taken out of the options of a job. Anybody may have written these: what can't be one is none."""
+    carried = {name: options.pop(name) for name in _CARRIED if name in options}
+    return {name: value for name, value in carried.items() if isinstance(value, str) and _CARRIED[name].fullmatch(value)}
+
+
+def ids(carried: dict[str, Any]) -> dict[str, str]:
+    """What log lines say of it."""
+    found = {"request_id": carried["request_id"]} if "request_id" in carried else {}
+    return found | {"trace_id": carried["traceparent"][3:35]} if "traceparent" in carried else found
 
 
 def values() -> dict[str, Any]:
     """What a line logged by this thread carries."""
     job = _here.job
     if job is not None:
-        ids = {"job_id": job.message_id}
-        if "request_id" in job.carried:
-            ids["request_id"] = job.carried["request_id"]
-        return ids
+        return {"job_id": job.message_id, **ids(job.carried)}
     return _request.get() or {}

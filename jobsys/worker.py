@@ -21,7 +21,7 @@ from typing import Any
 
 import dramatiq
 
-from jobsys import db, logs
+from jobsys import db, logs, tracing
 from jobsys.errors import DatabaseUnavailable, SettingsError
 from jobsys.jobs import settings as job_settings
 from jobsys.presence import Presence
@@ -235,6 +235,7 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
         presence.stop_claiming()
     worker.stop(timeout=0 if presence.unfinished else 2000)
     system.close()
+    tracing.close()
     log.info("worker has ended", reason=ends[0] if ends else "it has to be replaced")
     return 0 if ends else REPLACED
 

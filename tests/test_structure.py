@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"job_types", "submissions"},
     {"jobs", "running"},
     {"attempts", "bulkheads", "outcomes", "middleware", "work_queue"},
-    {"claims", "settlements"},
+    {"claims", "settlements", "tracing"},
     {"chores", "heart", "lookout", "presence"},
     {"broker"},
     {"system", "timeline"},

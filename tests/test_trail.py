@@ -122,9 +122,10 @@ def running(**values: Any) -> RunningJob:
 def test_a_job_with_an_id_is_as_plain_as_one_without_and_keeps_it_for_the_next_attempt() -> None:
     only = running(request_id="a")
     assert only.plain and only.lasting_options() == {"request_id": "a"}
-    job = running(request_id="a", traceparent="b")
+    parent = f"00-{'a' * 32}-{'b' * 16}-01"
+    job = running(request_id="a", traceparent=parent, tracestate="x\r\ny")
     assert job.plain and job.job.request_id == "a"
-    assert job.lasting_options() == {"request_id": "a", "traceparent": "b"}
+    assert job.lasting_options() == {"request_id": "a", "traceparent": parent}
     assert not running(request_id="a", on_success="x").plain
 
 
