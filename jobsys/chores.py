@@ -57,6 +57,7 @@ class Chores(threading.Thread):
             Chore(self.rescue_orphans, 30.0, shared=True),
             Chore(self.prune, 60.0, shared=True),
             Chore(self.prune_rate_limits, 60.0, shared=True),
+            Chore(self.prune_access, 60.0, shared=True),
         ]
         self._due = [time.monotonic() + chore.every for chore in self._chores]
 
@@ -135,6 +136,11 @@ class Chores(threading.Thread):
         """Forget clients whose window of the rate limit is over."""
         while len(self._database.run("prune_rate_limits")) == 10_000:
             pass
+
+    def prune_access(self) -> None:
+        """Forget revocations of tokens that have expired by now, and wrong passwords of long ago."""
+        self._database.run("prune_revocations")
+        self._database.run("prune_logins")
 
     def _rescue_jobs_of(self, worker: str, reason: str) -> None:
         while not self._stopped.is_set():

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PRIORITY = click.Choice(["high", "default", "medium", "low"], case_sensitive=False)
 NO_COLOUR = False if os.environ.get("NO_COLOR") else None  # None: click decides by whether there is a terminal
+SCOPES = ["jobs:read", "jobs:write", "admin"]
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -314,6 +315,55 @@ def limit(queue: str, rate: str | None, max_running: int | None) -> int:
     system = _system()
     system.limit(queue, rate=starts if starts and starts[0] else None, max_running=max_running)
     return _tell_queue(system, queue)
+
+
+@commands.group(invoke_without_command=True)
+@click.option("--sub", metavar="NAME", help="Whose token it is: what will stand beside everything it is used for.")
+@click.option("--scope", "scopes", multiple=True, type=click.Choice(SCOPES), help="What it is good for; can be given more than once.")
+@click.option("--expires", metavar="DURATION", callback=arguments.duration, default="90d", show_default=True, help="At most 365d.")
+@click.pass_context
+def token(context: click.Context, sub: str | None, scopes: tuple[str, ...], expires: float) -> int:
+    """Make a bearer token for a program; only that is printed to standard output.
+
+    It is signed with JWT_SECRET, and kept nowhere. The scope admin includes the others, and the pages below /admin.
+
+    \b
+    jobsys token --sub billing --scope jobs:write --expires 90d
+    jobsys token revoke --sub billing
+    """
+    if context.invoked_subcommand is not None:
+        return 0
+    if sub is None or not scopes:
+        raise click.UsageError("a token needs --sub and --scope")
+    from jobsys.tokens import Tokens
+
+    try:
+        made, claims = Tokens(_settings()).issue(sub, scopes, expires)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    until = datetime.fromtimestamp(claims.expires_at, timezone.utc)
+    click.echo(f"for {sub}, scope {' '.join(scopes)}, until {until:%Y-%m-%dT%H:%M:%SZ}, jti {claims.jti}", err=True)
+    click.echo(made)
+    return 0
+
+
+@token.command("revoke")
+@click.option("--jti", metavar="JTI", help="The token with this jti.")
+@click.option("--sub", metavar="NAME", help="Every token of NAME that was made until now.")
+def revoke_token(jti: str | None, sub: str | None) -> int:
+    """Revoke one token, or all of a subject.
+
+    It takes effect within 5 s in every process, and for good. Tokens of NAME that are made afterwards are good again; and a user who has a
+    password can log in anew until that is changed.
+    """
+    if not jti and not sub:
+        raise click.UsageError("say which: --jti or --sub")
+    from jobsys.tokens import revoke
+
+    revoke(_system().database, jti=jti, sub=sub)
+    for said in ([f"the token {jti}"] if jti else []) + ([f"every token of {sub} that was made until now"] if sub else []):
+        click.echo(f"revoked {said}")
+    return 0
 
 
 @commands.command()

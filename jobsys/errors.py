@@ -7,6 +7,8 @@
     │   └── IdempotencyConflict the key was used before, for another job
     ├── JobNotFound             no job has this id
     ├── WrongState              the job's status forbids what was asked (`status` names it)
+    ├── InvalidToken            a bearer token counts for nothing
+    ├── TooManyTries            wrong passwords came too often (`seconds` until the next may be tried)
     └── DatabaseUnavailable     PostgreSQL can't be reached, or did not answer in time
         └── NotMigrated         it answers, and has no tables of jobsys, or older ones
 
@@ -71,6 +73,18 @@ class WrongState(JobsysError):
     def __init__(self, verb: str, status: str, allowed: tuple[str, ...]) -> None:
         self.status = status
         super().__init__(f"a job that is {status} can't be {verb}; only {', '.join(allowed)} can")
+
+
+class InvalidToken(JobsysError):
+    """A bearer token counts for nothing. The text says why, in words of ours only."""
+
+
+class TooManyTries(JobsysError):
+    """Wrong passwords came too often; the next may be tried in `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__("too many wrong passwords lately from this address or for this user")
 
 
 class DatabaseUnavailable(JobsysError):

@@ -307,7 +307,8 @@ def _masker(settings: Settings) -> Callable[[str], str]:
         in_url = urlsplit(settings.database_url or "").password or ""
     except ValueError:
         in_url = ""
-    own = {settings.smtp_password, settings.admin_pass, settings.admin_password, settings.jwt_secret, in_url, unquote(in_url)}
+    own = {settings.smtp_password, settings.admin_pass, settings.admin_password, settings.viewer_pass, in_url, unquote(in_url)}
+    own |= {settings.jwt_secret, settings.jwt_secret_previous}
     known = {text for secret in own if secret and len(secret) >= 6 for text in (secret, _as_json(secret)[1:-1])}
     secrets = re.compile("|".join(re.escape(secret) for secret in sorted(known, key=len, reverse=True)) or r"(?!)")
 

@@ -19,6 +19,7 @@ from jobsys.errors import SettingsError
 from jobsys.outgoing import names_private_address
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DEFAULT_PORTS = {"http:": ":80", "https": ":443"}  # which browsers leave out
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -90,9 +91,18 @@ class Settings(BaseSettings):
     admin_password: str | None = Field(
         None, repr=False, description="Synonym of ADMIN_PASS; the user is then `admin` unless ADMIN_USER is set."
     )
-    allow_insecure: bool = Field(False, description="`1` permits listening beyond loopback without credentials.")
+    viewer_user: str | None = Field(None, description="User name of one who may look at `/admin/*`, and change nothing.")
+    viewer_pass: str | None = Field(None, repr=False, description="That user's password. This and ADMIN_PASS may be argon2 hashes.")
+    allow_insecure: bool = Field(
+        False, description="`1` permits an API without credentials beyond loopback, and to be called by any host name."
+    )
     jwt_secret: str | None = Field(
-        None, repr=False, description="Reserved for bearer tokens; when set, the API refuses to start until they exist."
+        None, repr=False, description="Key of bearer tokens, at least 32 bytes. Set: the API wants a token. Unset: it is open."
+    )
+    jwt_secret_previous: str | None = Field(None, repr=False, description="The key before that; its tokens still count.")
+    metrics_public: bool = Field(False, description="`1` leaves `/metrics` open when JWT_SECRET is set.")
+    cors_origins: Annotated[list[str], NoDecode] = Field(
+        [], description="Comma-separated origins, such as https://app.example.org, whose pages may call the API."
     )
 
     rate_limit: Rate = Field(
@@ -145,7 +155,7 @@ class Settings(BaseSettings):
         except ValidationError as error:
             raise SettingsError("; ".join(_complaint(each) for each in error.errors())) from None
 
-    @field_validator("job_modules", "worker_queues", mode="before")
+    @field_validator("job_modules", "worker_queues", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
@@ -200,6 +210,25 @@ class Settings(BaseSettings):
         if not info.data.get("ingest_allow_private") and names_private_address(value):
             raise ValueError("names an address that is not public: set INGEST_ALLOW_PRIVATE=1 if that is meant")
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, values: list[str]) -> list[str]:
+        for value in values:
+            if value == "*":
+                raise ValueError("* would let every site in: name each origin")
+            if not re.fullmatch(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", value) or value.endswith(
+                _DEFAULT_PORTS[value[:5]]
+            ):
+                raise ValueError(
+                    f'"{value}" is not what a browser calls an origin, such as https://app.example.org or http://localhost:8080'
+                )
+        return values
+
+    @property
+    def viewer_credentials(self) -> tuple[str, str] | None:
+        """(user, password) of one who may only look, or None when there is nobody."""
+        return (self.viewer_user, self.viewer_pass) if self.viewer_user and self.viewer_pass else None
 
     @property
     def mail_tls(self) -> str:

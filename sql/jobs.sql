@@ -250,3 +250,43 @@ select
     held_back
 from workers
 order by started_at, id;
+
+-- name: revocations
+select kind, value, extract(epoch from at)::float8 from revocations;
+
+-- name: revoke
+-- The same again: of a subject, also what was issued meanwhile.
+insert into revocations (kind, value) values (%(kind)s, %(value)s)
+on conflict (kind, value) do update set at = excluded.at;
+
+-- name: came_in_before
+select exists (select from logins where key = %(key)s and right_at > clock_timestamp() - interval '30 days');
+
+-- name: login_wait
+-- Seconds until under each of these keys fewer than `limits` passwords were wrong within a minute; null: that is so.
+select extract(epoch from max(wrong.at) + interval '1 minute' - clock_timestamp())::float8
+from unnest(%(keys)s::text[], %(limits)s::integer[]) as asked(key, most)
+join logins using (key)
+cross join lateral (select at from unnest(wrong_at) as at order by at desc offset most - 1 limit 1) as wrong
+where wrong.at > clock_timestamp() - interval '1 minute';
+
+-- name: lock_logins
+-- The keys come sorted, so that nobody waits for one that waits for him.
+insert into logins (key) select unnest(%(keys)s::text[]) on conflict (key) do update set key = excluded.key;
+
+-- name: count_login
+-- Counted as wrong before it is looked at, or many at once would all be looked at.
+update logins
+set wrong_at = array(select at from unnest(wrong_at) as at where at > clock_timestamp() - interval '1 minute') || now.at
+from (select clock_timestamp() as at offset 0) as now
+where key = any(%(keys)s)
+returning now.at;
+
+-- name: login_succeeded
+-- What was counted as wrong was right.
+with given_back as (
+    update logins set wrong_at = array_remove(wrong_at, %(counted_at)s)
+    where key = any(array(select key from logins where key = any(%(keys)s) order by key for update))
+)
+insert into logins (key, right_at) values (%(key)s, clock_timestamp())
+on conflict (key) do update set right_at = excluded.right_at;

@@ -407,6 +407,15 @@ with page as (
 )
 select (select max(id::text) from page), (select count(*) from page), (select count(*) from gone);
 
+-- name: prune_revocations
+-- No token lives longer than 366 days.
+delete from revocations where at < clock_timestamp() - interval '367 days';
+
+-- name: prune_logins
+delete from logins
+where coalesce(right_at, '-infinity') < clock_timestamp() - interval '30 days'
+    and not exists (select from unnest(wrong_at) as at where at > clock_timestamp() - interval '1 minute');
+
 -- name: sum_tallies
 -- What the log holds moves into the sums. Two at once share the log between them; a reader sees both or neither.
 with moved as (

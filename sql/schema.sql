@@ -156,6 +156,22 @@ create table queues (
     constraint limits_are_positive check (rate_count > 0 and rate_period > interval '0' and max_running > 0)
 );
 
+-- Bearer tokens that no longer count: the one with this jti, or all of this sub that were issued until `at`.
+create table revocations (
+    kind  text        not null,             -- jti or sub
+    value text        not null,
+    at    timestamptz not null default clock_timestamp(),
+    primary key (kind, value)
+);
+
+-- Wrong passwords of the last minute, and from where users came in: passwords.py says what for. The keys are hashes, because people
+-- also type passwords where the name belongs.
+create table logins (
+    key      text          primary key,
+    wrong_at timestamptz[] not null default '{}',
+    right_at timestamptz
+);
+
 -- How many jobs entered and left each status, by queue and type; CREATED and RETRIED are counted as if they were statuses, and so is
 -- WORKERS_LOST, under the first of the worker's queues.
 create table tallies (

@@ -64,6 +64,7 @@ NEVER_RUN_BY_WORKERS = {
     ),
     *("queue_settings", "oldest_due", "counts", "workers", "stream", "drop_waiting", "unfinished", "result"),
     *("measurements", "pools", "waits", "worker_strength", "longest_transaction"),
+    *("revocations", "revoke", "came_in_before", "login_wait", "lock_logins", "count_login", "login_succeeded"),
     *ELSEWHERE,
 }
 """What only the API, the admin UI and clients run. Every other statement is made to fail in a worker, and has to be run there for that."""

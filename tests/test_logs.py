@@ -106,9 +106,11 @@ def test_what_users_sent_can_neither_start_a_line_nor_steer_the_terminal(configu
 def test_secrets_appear_in_no_log(configure: Any, capsys: Any, tmp_path: Path) -> None:
     url, smtp, admin, jwt = "postgresql://bob:h%40rd-to-guess@db/jobs", "smtp-hush", 'admin-"hush"', "jwt-hush-hush"
     file = tmp_path / "log"
-    configure(log_file=file, database_url=url, smtp_password=smtp, admin_pass=admin, jwt_secret=jwt)
+    viewer, before = "viewer-hush", "before-hush"
+    secrets = {"admin_pass": admin, "viewer_pass": viewer, "jwt_secret": jwt, "jwt_secret_previous": before}
+    configure(log_file=file, database_url=url, smtp_password=smtp, **secrets)
     log.info("connecting", url=url, smtp_password="abc", headers={"Authorization": "Basic Zm9vOmJhcg=="})
-    log.info(f"as text: {url} {smtp} {admin} {jwt}")
+    log.info(f"as text: {url} {smtp} {admin} {viewer} {jwt} {before}")
     log.info("by hand", nested={"deep": [admin]}, dsn="host=db password=classified user=bob", other="mysql://me:sesame@h/x")
     log.warning('{"api_key": "abc-key", "token":"abc-token"} Authorization: Bearer abc.def.ghi')
     try:

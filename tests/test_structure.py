@@ -13,7 +13,7 @@ LAYERS: list[set[str]] = [
     {"errors", "ids", "interrupt", "outgoing", "trail"},
     {"settings"},
     {"logs", "local", "db", "measurements", "search"},
-    {"migrations"},
+    {"migrations", "tokens", "passwords"},
     {"job_types", "submissions"},
     {"jobs", "running"},
     {"attempts", "bulkheads", "outcomes", "middleware", "work_queue"},
