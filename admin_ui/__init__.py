@@ -1,7 +1,7 @@
 """The operator's pages: what broke, why isn't this running, can I replay it? Rendered by the server, usable without JavaScript.
 
 `add_to` puts them on a Falcon app. Who may see them is the app's affair: something in front of it guards all of /admin and
-sets `req.context.user`.
+sets `req.context.user` and `req.context.may_act`, and calls `refuse` where somebody who may only look asks for more.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Tokens:
     """Makes and checks the CSRF tokens of one installation."""
 
     def __init__(self, settings: Settings) -> None:
-        parts = ("jobsys admin ui", *(settings.admin_credentials or ("", "")), settings.database_url or "")
+        credentials = (*(settings.admin_credentials or ("", "")), settings.viewer_pass or "", settings.jwt_secret or "")
+        parts = ("jobsys admin ui", *credentials, settings.database_url or "")
         self._key = hashlib.sha256("\0".join(parts).encode()).digest()
 
     def make(self, user: str, now: datetime | None = None) -> str:

@@ -221,6 +221,11 @@ class AdminUI:
         """Every other address below /admin/ui."""
         raise _no_page()
 
+    def refuse(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer who may only look, and pressed a button all the same."""
+        text = f"{_user(req)} may look at everything, and change nothing. Nothing was changed."
+        self.trouble(req, resp, falcon.HTTP_403, "That is for administrators", text)
+
     def trouble(
         self, req: falcon.Request, resp: falcon.Response, status: str, title: str, text: str, *, job_id: str = "", again: str = ""
     ) -> None:
@@ -242,7 +247,9 @@ class AdminUI:
         self.trouble(req, resp, falcon.HTTP_503, title, text, again=again)
 
     def _show(self, req: falcon.Request, resp: falcon.Response, name: str, **context: Any) -> None:
-        self._pages.show(req, resp, name, **{"csrf": self._tokens.make(_user(req)), "flash": _flash(req), **context})
+        may_act = bool(req.context.may_act)
+        given = {"csrf": self._tokens.make(_user(req)) if may_act else "", "may_act": may_act, "user": _user(req), "flash": _flash(req)}
+        self._pages.show(req, resp, name, **{**given, **context})
 
     def _form(self, req: falcon.Request) -> dict[str, str]:
         form = read_form(req)
@@ -257,7 +264,8 @@ class AdminUI:
         base = req.prefix if plain else f"http://127.0.0.1:{self.system.settings.port}"
         job_type = self.system.types.find("TEST_JOB")
         body = json.dumps({"type": job_type.name, "payload": job_type.example})
-        return f"curl {base}/jobs -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+        token = ' -H "Authorization: Bearer $TOKEN"' if self.system.settings.jwt_secret else ""
+        return f"curl {base}/jobs -H 'Content-Type: application/json'{token} -d {shlex.quote(body)}"
 
 
 def _user(req: falcon.Request) -> str:

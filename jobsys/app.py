@@ -8,7 +8,8 @@ import falcon
 
 import admin_ui
 from jobsys import api, logs, tracing
-from jobsys.api.access import AdminDoor, check
+from jobsys.api.access import Access, check
+from jobsys.api.cors import Cors
 from jobsys.api.envelope import Envelope, Router
 from jobsys.api.rate_limit import RateLimit
 from jobsys.settings import Settings
@@ -25,14 +26,16 @@ def create_app(settings: Settings | None = None, system: JobSystem | None = None
     if system is None:
         logs.configure(settings, process="web")
         system = JobSystem(settings)
+    access = Access(settings, system.database)
     middleware: Any = [
         Envelope(system.recorder),
         *([tracing.RequestSpans()] if tracing.active else []),
-        AdminDoor(settings),
+        Cors(settings),
+        access,
         RateLimit(settings, system.database.url),
     ]
     app = falcon.App(middleware=middleware, router=Router())
     app.req_options.strip_url_path_trailing_slash = True
-    api.add_to(app, system)
+    api.add_to(app, system, access)
     admin_ui.add_to(app, system)
     return app

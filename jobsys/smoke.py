@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 import click
 
 from jobsys.settings import Settings
+from jobsys.tokens import Tokens
 
 PATIENCE = 60.0
 """Seconds until something counts as not happening. The first start makes a database, and gets twice as long."""
@@ -47,7 +48,7 @@ def smoke(url: str | None, settings: Settings, *, mail_to: str) -> int:
     """Run all checks, print a line for each; 0 when all is well, else 1."""
     begun = time.monotonic()
     if url is not None:
-        passed = _check(Client(url), settings.data_dir / "mail" / "new", mail_to, pace=None)
+        passed = _check(Client(url, token=_token(settings)), settings.data_dir / "mail" / "new", mail_to, pace=None)
     else:
         with tempfile.TemporaryDirectory(prefix="jobsys-smoke-") as directory:
             passed = _check_own(Path(directory), settings, mail_to)
@@ -60,18 +61,19 @@ def smoke(url: str | None, settings: Settings, *, mail_to: str) -> int:
 class Client:
     """Speaks HTTP with one system."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, token: str | None = None) -> None:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise click.UsageError(f'"{url}" is not a URL such as http://127.0.0.1:3000')
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         local = parts.hostname in ("127.0.0.1", "::1", "localhost")
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
 
     def call(self, method: str, path: str, body: Any = None, *, timeout: float = 15.0) -> bytes:
         """The body of a 2xx answer. Raises Failed for any other, and when there is none."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(self.url + path, data, self._headers, method=method)
         try:
             with self._opener.open(request, timeout=timeout) as answer:
                 content: bytes = answer.read()
@@ -101,6 +103,10 @@ class Client:
             if job["status"] in ("FAILED", "DEAD", "CANCELLED") or time.monotonic() > deadline:
                 why = f": {job['error']['type']}: {job['error']['message']}" if job["error"] else ""
                 raise Failed(f"job {job_id} is {job['status']}{why}")
+
+
+def _token(settings: Settings) -> str | None:
+    return Tokens(settings).issue("smoke", ["jobs:read", "jobs:write"], 900)[0] if settings.jwt_secret else None
 
 
 def _check_own(directory: Path, settings: Settings, mail_to: str) -> list[bool]:

@@ -1,7 +1,7 @@
 """The HTTP API: Falcon resources over one JobSystem, a module per family. `add_to` registers every route of the contract.
 
 Falcon routes, `body` reads JSON strictly, `wire` and `filters` translate words, `problem` makes every error one shape, `envelope`
-gives every exchange its id and headers, `access` guards `/admin`.
+gives every exchange its id and headers, `access` guards every route, `cors` lets other sites' pages in.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import falcon
 
 from jobsys.api import problem
+from jobsys.api.access import Access
 from jobsys.api.admin import AdminJob, AdminJobs, AdminQueue
 from jobsys.api.ingestion import Ingestion
 from jobsys.api.jobs import Job, Jobs
+from jobsys.api.login import Login
 from jobsys.api.metrics import Metrics
 from jobsys.api.operations import Health
 from jobsys.system import JobSystem
 
 
-def add_to(app: falcon.App, system: JobSystem) -> None:
+def add_to(app: falcon.App, system: JobSystem, access: Access) -> None:
     """Register the API on `app`. Routes that older clients know by another path are the same resources."""
     problem.add_to(app)
     jobs, job = Jobs(system), Job(system)
@@ -29,6 +31,8 @@ def add_to(app: falcon.App, system: JobSystem) -> None:
     app.add_route("/jobs/{job_id}/events", job, suffix="events")
     app.add_route("/jobs/{job_id}/artifact", job, suffix="artifact")
 
+    app.add_route("/api/login", Login(access))
+
     ingestion = Ingestion(system)
     app.add_route("/api/ingest", ingestion)
     app.add_route("/api/status/{ingestion_id}", ingestion, suffix="status")
@@ -37,6 +41,7 @@ def add_to(app: falcon.App, system: JobSystem) -> None:
     app.add_route("/admin/jobs", admin_jobs)
     app.add_route("/admin/failed", admin_jobs, suffix="failed")
     app.add_route("/admin/dead", admin_jobs, suffix="dead")
+    app.add_route("/admin/jobs/{job_id}/artifact", job, suffix="artifact")
     for verb in ("retry", "dlq", "cancel"):
         app.add_route(f"/admin/jobs/{{job_id}}/{verb}", admin_job, suffix=verb)
     for verb in ("pause", "resume"):

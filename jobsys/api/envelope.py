@@ -44,6 +44,8 @@ class Envelope:
         resp.set_header("Referrer-Policy", "same-origin")
         if resp.get_header("Cache-Control") is None:
             resp.set_header("Cache-Control", "no-store")
+        if resp.get_header("Content-Security-Policy") is None:
+            resp.set_header("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
         if req.scheme == "https":
             resp.set_header("Strict-Transport-Security", "max-age=31536000")
         if req.context.postponed:

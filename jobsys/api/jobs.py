@@ -56,7 +56,7 @@ class Job:
 
     def on_delete(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Cancel what is unfinished and remove the record."""
-        if self._system.remove(job_id, by="api"):
+        if self._system.remove(job_id, by=req.context.user or "api"):
             resp.status = falcon.HTTP_204
         else:
             resp.status = falcon.HTTP_202
@@ -64,11 +64,11 @@ class Job:
 
     def on_post_cancel(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Cancel a waiting job at once; ask a running one to stop."""
-        accept(resp, self._system.cancel(job_id, by="api"))
+        accept(resp, self._system.cancel(job_id, by=req.context.user or "api"))
 
     def on_post_retry(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Run a failed, dead or cancelled job again from the first attempt."""
-        accept(resp, self._system.retry(job_id, by="api"))
+        accept(resp, self._system.retry(job_id, by=req.context.user or "api"))
 
     def on_get_events(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Answer the job's timeline, oldest first; as a stream that goes on to its end, to an Accept that prefers text/event-stream."""

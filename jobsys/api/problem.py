@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import falcon
 
 from jobsys import logs
-from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, NotMigrated, WrongState
+from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, NotMigrated, TooManyTries, WrongState
 
 log = logs.get(__name__)
 
@@ -74,6 +75,11 @@ def _invalid(_req: falcon.Request, _resp: falcon.Response, error: InvalidSubmiss
     raise Problem(422, str(error), errors=error.errors)
 
 
+def _too_many(_req: falcon.Request, _resp: falcon.Response, error: TooManyTries, _params: dict[str, Any]) -> None:
+    seconds = max(1, math.ceil(error.seconds))
+    raise Problem(429, f"{error}: try again in {seconds} s", headers={"Retry-After": str(seconds)})
+
+
 def _unavailable(_req: falcon.Request, _resp: falcon.Response, error: DatabaseUnavailable, _params: dict[str, Any]) -> None:
     log.warning("database unavailable", error=str(error))
     away = "the database is away, or did not answer in time; try again soon, with an Idempotency-Key where a job may not be made twice"
@@ -89,5 +95,6 @@ _HANDLERS: dict[type[Exception], Any] = {
     JobNotFound: _not_found,
     WrongState: _wrong_state,
     InvalidSubmission: _invalid,
+    TooManyTries: _too_many,
     DatabaseUnavailable: _unavailable,
 }
