@@ -4,7 +4,8 @@
     ├── SettingsError           the environment does not make a configuration
     ├── InvalidSubmission       the job can't be accepted as it was described (`errors` names each field)
     │   ├── UnknownJobType      no job type of that name is registered
-    │   └── IdempotencyConflict the key was used before, for another job
+    │   ├── IdempotencyConflict the key was used before, for another job
+    │   └── BulkConflict        the key was used before, for many other jobs
     ├── JobNotFound             no job has this id
     ├── WrongState              the job's status forbids what was asked (`status` names it)
     ├── InvalidToken            a bearer token counts for nothing
@@ -57,6 +58,14 @@ class IdempotencyConflict(InvalidSubmission):
 
     def __init__(self, key: str) -> None:
         super().__init__([{"loc": ["idempotencyKey"], "msg": f'idempotency key "{key}" was already used for a different job'}])
+
+
+class BulkConflict(InvalidSubmission):
+    """The idempotency key was used before, for many jobs that were not the same ones, or of which some have been removed."""
+
+    def __init__(self, key: str) -> None:
+        text = f'idempotency key "{key}" was already used for more, fewer or other jobs, or some of its jobs have been removed since'
+        super().__init__([{"loc": [], "msg": text}])
 
 
 class JobNotFound(JobsysError):

@@ -57,6 +57,15 @@ def is_loopback(host: str) -> bool:
         return host.lower() in LOOPBACK
 
 
+def size(value: Any) -> int:
+    """A number of bytes, from `1048576`, `512KiB` or `1MiB`. Raises ValueError when it is none."""
+    match = re.fullmatch(r"\s*(\d{1,12})\s*(KiB|MiB)?\s*", str(value), re.IGNORECASE)
+    if isinstance(value, bool) or match is None:
+        raise ValueError(f'"{value}" is not a size such as 512KiB, 1MiB or a number of bytes')
+    return int(match[1]) * {"": 1, "kib": 1024, "mib": 1024 * 1024}[(match[2] or "").lower()]
+
+
+Size = Annotated[int, BeforeValidator(size)]
 Duration = Annotated[float, BeforeValidator(seconds)]
 Rate = Annotated[tuple[int, float], NoDecode, BeforeValidator(lambda value: value if isinstance(value, tuple) else rate(value))]
 Count = Annotated[int, Field(ge=1)]
@@ -116,6 +125,13 @@ class Settings(BaseSettings):
     web_threads: Count = Field(8, description="Threads in each of them.")
     worker_processes: Count = Field(2, description="Worker processes that `jobsys worker` keeps running.")
     worker_threads: Count = Field(8, description="Jobs each of them runs at a time.")
+
+    max_body: Size = Field(
+        1024 * 1024,
+        ge=1024,
+        le=64 * 1024 * 1024,
+        description="Bytes of the largest body taken, and of each job in `/jobs/bulk`: `1MiB`, `512KiB`.",
+    )
 
     max_retries: int = Field(3, ge=0, le=1000, description="Retries after the first attempt, for types that don't say.")
     retry_min_backoff: Duration = Field(1.0, description="Wait before the first retry; doubles with each, with jitter.")

@@ -18,9 +18,9 @@ import psycopg2
 
 from jobsys import db, logs, tracing, trail
 from jobsys.broker import JobsBroker
-from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
+from jobsys.errors import BulkConflict, DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
-from jobsys.job_types import Registry, encode, priority_number, registry
+from jobsys.job_types import MAX_ERRORS, Registry, encode, priority_number, registry
 from jobsys.measurements import Recorder
 from jobsys.search import search
 from jobsys.settings import Settings
@@ -30,6 +30,10 @@ STATUSES = ("SCHEDULED", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD",
 FINISHED = ("COMPLETED", "FAILED", "DEAD", "CANCELLED")
 LONGEST_DELAY = 10 * 366 * 86400
 """Seconds: a job can be scheduled ten years ahead."""
+PATIENCE_FOR_KEYS = "4s"
+"""How long many jobs wait for others with the same idempotency keys to be committed."""
+TRIES = 5
+JUST_REMOVED = "the job with this idempotency key is just being removed; try again"
 log = logs.get(__name__)
 
 
@@ -227,21 +231,32 @@ class JobSystem:
                 return self._answer(submitted, partial(insert_one, connection), connection)
         return self._answer(submitted, self._submissions.insert)
 
-    def submit_many(self, submissions: Iterable[Submission], *, connection: Any = None) -> list[str]:
+    def submit_many(
+        self, submissions: Iterable[Submission | Submitted], *, idempotency_key: str | None = None, connection: Any = None
+    ) -> list[str]:
         """Submit many jobs in one transaction, all or none; their ids, in the order given.
 
-        A job whose idempotency key was used before is not made again: its place has the first job's id. Raises InvalidSubmission with the
+        A job whose idempotency key was used before is not made again: its place has the first job's id. With `idempotency_key` that goes
+        for all of them as a whole: the same jobs again with the same key give the first ones' ids. Raises InvalidSubmission with the
         item's number at the front of each `loc`.
         """
         # Whatever yields the submissions may take its time: not while the transaction is open.
-        jobs = (self._described(submission, (number,)) for number, submission in enumerate(list(submissions)))
+        given = list(submissions)
+        jobs = (self._described(submission, (number,)) for number, submission in enumerate(given))
+        if _checked_key(idempotency_key) is not None:
+            jobs = (_keyed(job, str(idempotency_key), number) for number, job in enumerate(jobs))
         first = list(islice(jobs, MANY))
         write = self._insert_all if len(first) < MANY else self._stream_all
         if connection is None:
-            with self.database.transaction() as own:
-                return write(own, chain(first, jobs))
+            with self.database.transaction(lock_timeout=PATIENCE_FOR_KEYS) as own:
+                return self._write_many(own, write, chain(first, jobs), idempotency_key)
         with db.translated(), db.nested(connection):
-            return write(connection, chain(first, jobs))
+            return self._write_many(connection, write, chain(first, jobs), idempotency_key)
+
+    def describe(self, submission: Submission) -> Submitted:
+        """The submission, checked, as `submit_many` takes it as well: its payload is text and needs a fraction of the memory. Raises
+        InvalidSubmission."""
+        return self._described(submission, ())
 
     # Reading
 
@@ -482,8 +497,10 @@ class JobSystem:
         self.recorder.close()
         self.broker.close()
 
-    def _described(self, submission: Submission, loc: tuple[str | int, ...]) -> Submitted:
+    def _described(self, submission: Submission | Submitted, loc: tuple[str | int, ...]) -> Submitted:
         """The submission as a row, checked. Raises InvalidSubmission with `loc` in front."""
+        if isinstance(submission, Submitted):
+            return submission
         try:
             job_type = self.types.find(submission.type)
             payload = job_type.check({} if submission.payload is None else submission.payload)
@@ -513,18 +530,33 @@ class JobSystem:
             raise InvalidSubmission([{"loc": [*loc, *each["loc"]], "msg": each["msg"]} for each in error.errors]) from None
 
     def _answer(self, job: Submitted, put_in: Callable[[Submitted], db.Row | None], connection: Any = None) -> JobRecord:
-        try:
-            row = put_in(job)
-        except psycopg2.DataError as error:
-            raise InvalidSubmission.of(["payload"], f"PostgreSQL can't store it: {str(error).splitlines()[0]}") from None
-        if row is not None:
-            _, status, run_at, created_at = row
-            return _new_record(job, status, _utc(run_at), _utc(created_at))
-        with self.database.connection() if connection is None else nullcontext(connection) as using:
-            first, same = self._first_with_key(using, job)
-            if not same:
-                raise IdempotencyConflict(str(job.idempotency_key))
-            return _record(db.run(using, "job", id=first)[0])._replace(replayed=True)
+        for _ in range(TRIES):
+            try:
+                row = put_in(job)
+            except psycopg2.DataError as error:
+                raise InvalidSubmission.of(["payload"], f"PostgreSQL can't store it: {str(error).splitlines()[0]}") from None
+            if row is not None:
+                _, status, run_at, created_at = row
+                return _new_record(job, status, _utc(run_at), _utc(created_at))
+            with self.database.connection() if connection is None else nullcontext(connection) as using:
+                for _, first, same in _first_with_keys(using, [job]):
+                    if not same:
+                        raise IdempotencyConflict(str(job.idempotency_key))
+                    if found := db.run(using, "job", id=first):
+                        return _record(found[0])._replace(replayed=True)
+            # The job that had the key was removed in between: the key is free.
+        raise DatabaseUnavailable(JUST_REMOVED)
+
+    def _write_many(self, connection: Any, write: Callable[..., list[str]], jobs: Iterable[Submitted], key: str | None) -> list[str]:
+        """Insert jobs by `write`; with `key`, all of them are new or none is, and none is missing of those it was used for."""
+        if key is None:
+            return write(connection, jobs)
+        made: list[Submitted] = []
+        ids = write(connection, (made.append(job) or job for job in jobs))  # type: ignore[func-returns-value]
+        replayed = sum(id != job.id for id, job in zip(ids, made, strict=True))
+        if replayed and (replayed < len(ids) or _first_with_keys(connection, [made[0]._replace(idempotency_key=_key_of(key, len(ids)))])):
+            raise BulkConflict(key)
+        return ids
 
     def _stream_all(self, connection: Any, jobs: Iterable[Submitted]) -> list[str]:
         """Insert the plain ones as they come, then the others; all their ids, in the order given."""
@@ -550,31 +582,19 @@ class JobSystem:
         jobs = list(jobs)
         with _storable():
             inserted = {row[0] for row in insert(connection, jobs)} if jobs else set()
-        ids = []
-        for number, job in zip(numbers or range(len(jobs)), jobs, strict=True):
-            if job.id in inserted:
-                ids.append(job.id)
-                continue
-            first, same = self._first_with_key(connection, job)
+        again = [(place, job) for place, job in enumerate(jobs) if job.id not in inserted]
+        ids, errors = [job.id for job in jobs], []
+        found = _first_with_keys(connection, [job for _, job in again]) if again else []
+        if len(found) < len(again):
+            raise DatabaseUnavailable(JUST_REMOVED)
+        for (place, job), (_, first, same) in zip(again, found, strict=True):
+            ids[place] = first
             if not same:
-                errors = IdempotencyConflict(str(job.idempotency_key)).errors
-                raise InvalidSubmission([{"loc": [number, *each["loc"]], "msg": each["msg"]} for each in errors])
-            ids.append(first)
+                conflict = IdempotencyConflict(str(job.idempotency_key)).errors[0]
+                errors.append({**conflict, "loc": [numbers[place] if numbers else place, *conflict["loc"]]})
+        if errors:
+            raise InvalidSubmission(sorted(errors, key=lambda error: error["loc"][0])[:MAX_ERRORS])
         return ids
-
-    def _first_with_key(self, connection: Any, job: Submitted) -> tuple[str, bool]:
-        rows = db.run(
-            connection,
-            "find_idempotent",
-            idempotency_key=job.idempotency_key,
-            type=job.type,
-            priority=job.priority,
-            payload=job.payload,
-            max_attempts=job.max_attempts,
-        )
-        if not rows:
-            raise DatabaseUnavailable("the job with this idempotency key is just being removed; try again")
-        return rows[0]
 
     def _act(self, statement: str, job_id: str, verb: str, allowed: tuple[str, ...], **parameters: Any) -> JobRecord:
         rows = self.database.run(statement, id=_known_id(job_id), **parameters)
@@ -587,6 +607,23 @@ class JobSystem:
 
     def _counts(self) -> list[db.Row]:
         return self.database.run("counts")
+
+
+def _first_with_keys(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
+    """(its place in `jobs`, the id of the job that has its key, whether that is the same job) of each whose key is taken, in order."""
+    names = ("idempotency_key", "type", "priority", "payload", "max_attempts")
+    return db.run(connection, "find_idempotent", **{name: [getattr(job, name) for job in jobs] for name in names})
+
+
+def _keyed(job: Submitted, key: str, number: int) -> Submitted:
+    """A job of many that have one key together."""
+    if job.idempotency_key is not None:
+        raise InvalidSubmission.of([number, "idempotencyKey"], "must be left out where all have an Idempotency-Key together")
+    return job._replace(idempotency_key=_key_of(key, number))
+
+
+def _key_of(key: str, number: int) -> str:
+    return f"{key} #{number}"
 
 
 @contextmanager

@@ -36,10 +36,19 @@ where group_id = %(group_id)s
 order by jobs.id;
 
 -- name: find_idempotent
--- The job that has this key, and whether it is the same job.
-select id::text, type = %(type)s and priority = %(priority)s and payload = %(payload)s::jsonb and max_attempts is not distinct from %(max_attempts)s
-from jobs
-where idempotency_key = %(idempotency_key)s;
+-- The job that has each of these keys, and whether it is the same job. One probe of the index each: the limit forbids any other way.
+select given.place, first.id::text, first.same
+from unnest(
+    %(idempotency_key)s::text[], %(type)s::text[], %(priority)s::smallint[], %(payload)s::jsonb[], %(max_attempts)s::integer[]
+) with ordinality as given(idempotency_key, type, priority, payload, max_attempts, place)
+cross join lateral (
+    select id, type = given.type and priority = given.priority and payload = given.payload
+        and max_attempts is not distinct from given.max_attempts as same
+    from jobs
+    where idempotency_key = given.idempotency_key
+    limit 1
+) as first
+order by given.place;
 
 -- name: failures
 select attempt, started_at, at, worker::text, type, message, traceback, fingerprint

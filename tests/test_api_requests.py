@@ -22,12 +22,14 @@ NO_DATABASE = Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/no
 JSON = {"Content-Type": "application/json"}
 ROUTES = [
     ("/jobs", "GET, HEAD, POST, OPTIONS"),
+    ("/jobs/bulk", "POST, OPTIONS"),
     ("/jobs/x", "DELETE, GET, HEAD, OPTIONS"),
     ("/jobs/x/cancel", "POST, OPTIONS"),
     ("/jobs/x/retry", "POST, OPTIONS"),
     ("/jobs/x/events", "GET, HEAD, OPTIONS"),
     ("/jobs/x/artifact", "GET, HEAD, OPTIONS"),
     ("/api/jobs", "GET, HEAD, POST, OPTIONS"),
+    ("/api/jobs/bulk", "POST, OPTIONS"),
     ("/api/jobs/x", "DELETE, GET, HEAD, OPTIONS"),
     ("/api/jobs/x/retry", "POST, OPTIONS"),
     ("/api/login", "POST, OPTIONS"),

@@ -25,6 +25,7 @@ def add_to(app: falcon.App, system: JobSystem, access: Access) -> None:
     jobs, job = Jobs(system), Job(system)
     for prefix in ("", "/api"):
         app.add_route(f"{prefix}/jobs", jobs)
+        app.add_route(f"{prefix}/jobs/bulk", jobs, suffix="bulk")
         app.add_route(f"{prefix}/jobs/{{job_id}}", job)
         app.add_route(f"{prefix}/jobs/{{job_id}}/retry", job, suffix="retry")
     app.add_route("/jobs/{job_id}/cancel", job, suffix="cancel")

@@ -6,6 +6,7 @@ bits, NUL characters, lone surrogates, bottomless nesting. 400 is for what is no
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from typing import Any, NoReturn
@@ -16,17 +17,20 @@ from jobsys.api.problem import Problem
 from jobsys.errors import InvalidSubmission
 
 LIMIT = 1024 * 1024
-"""The largest body taken, in bytes."""
+"""The largest body taken, in bytes, where MAX_BODY says nothing else."""
 DEPTH = 32
 """How deep objects and arrays may nest."""
+MOST_KEYS = 10_000
+"""How many keys one object may have…"""
+LONGEST_KEY = 1000
+"""…and how many characters each of them."""
 
 
 def read_object(req: falcon.Request, limit: int = LIMIT) -> dict[str, Any]:
     """The JSON object in the body of `req`. Raises Problem (400, 408, 413, 415) or InvalidSubmission (422)."""
     if req.content_type != "application/json":
-        _check_content_type(req)
-    if req.get_header("Content-Encoding", default="identity") != "identity":
-        raise Problem(415, "the body must not be compressed")
+        check_content_type(req, ("application/json",))
+    check_encoding(req)
     return parse_object(_read(req, limit))
 
 
@@ -34,28 +38,48 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`. Raises Problem (400) when it is none, InvalidSubmission when its content can't be kept."""
     if not raw:
         raise Problem(400, "the body is empty; send a JSON object, {} if there is nothing to say")
-    try:
-        value = _decoder.decode(raw.decode())
-    except UnicodeDecodeError:
-        raise Problem(400, "the body is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise Problem(400, f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise _too_deep() from None
+    value = parse(raw)
     if not isinstance(value, dict):
         raise Problem(400, "the body must be a JSON object")
-    # Only an escape can smuggle in a NUL or a surrogate, and only many brackets can be deep: most bodies need no second look.
-    if b"\\u" in raw or raw.count(b"{") + raw.count(b"[") > DEPTH:
-        _inspect(value, [], DEPTH)
     return value
 
 
-def _check_content_type(req: falcon.Request) -> None:
+def parse(raw: bytes) -> Any:
+    """The value that `raw` says in JSON. Raises Problem (400), and InvalidSubmission for what can't be kept."""
+    try:
+        value = decoder.decode(raw.decode())
+    except UnicodeDecodeError:
+        raise Problem(400, "the body is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        mark = ": it must not begin with a byte order mark" if raw.startswith(codecs.BOM_UTF8) else f": {error}"
+        raise Problem(400, f"the body is not JSON{mark}") from None
+    except RecursionError:
+        raise too_deep() from None
+    # Only an escape can smuggle in a NUL or a surrogate, and only many brackets can be deep: most bodies need no second look.
+    if b"\\u" in raw or raw.count(b"{") + raw.count(b"[") > DEPTH:
+        inspect(value)
+    return value
+
+
+def inspect(value: Any) -> None:
+    """Raise Problem (400) for what nests too deeply, InvalidSubmission for text that can't be kept."""
+    _inspect(value, [], DEPTH)
+
+
+def check_encoding(req: falcon.Request) -> None:
+    """Raise Problem (415) for a compressed body, unread: a few bytes of it could become any number."""
+    if req.get_header("Content-Encoding", default="identity") != "identity":
+        raise Problem(415, "the body must not be compressed")
+
+
+def check_content_type(req: falcon.Request, taken: tuple[str, ...]) -> str:
+    """The media type of the body, which is one of `taken`."""
     if req.content_type is None and not req.content_length and not req.get_header("Transfer-Encoding"):
-        return
+        return taken[0]
     media_type, parameters = falcon.parse_header(req.content_type or "")
-    if media_type.lower() != "application/json" or parameters.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
-        raise Problem(415, "the body must be application/json in UTF-8")
+    if media_type.lower() not in taken or parameters.get("charset", "utf-8").lower() not in ("utf-8", "utf8"):
+        raise Problem(415, f"the body must be {' or '.join(taken[:2])} in UTF-8")
+    return media_type.lower()
 
 
 def _read(req: falcon.Request, limit: int) -> bytes:
@@ -64,16 +88,21 @@ def _read(req: falcon.Request, limit: int) -> bytes:
         # Without a length the body ends where the server says it does, and a server that doesn't say would wait for ever.
         length = limit + 1 if req.env.get("wsgi.input_terminated") else 0
     elif length > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
+    raw = read_some(req, length)
+    if len(raw) > limit:
+        raise too_large(limit)
+    return raw
+
+
+def read_some(req: falcon.Request, size: int) -> bytes:
+    """The next bytes of the body, up to `size`. Raises Problem (408, 400)."""
     try:
-        raw: bytes = req.stream.read(length)
+        return req.stream.read(size)
     except OSError:
         raise Problem(408, "the body did not arrive") from None
     except Exception as error:  # whatever the server at hand raises for a transfer coding it can't make sense of
         raise Problem(400, f"the body can't be read: {type(error).__name__}") from None
-    if len(raw) > limit:
-        raise _too_large(limit)
-    return raw
 
 
 def _inspect(value: Any, loc: list[str | int], depth: int) -> None:
@@ -81,7 +110,7 @@ def _inspect(value: Any, loc: list[str | int], depth: int) -> None:
         _inspect_text(value, loc)
     elif isinstance(value, (dict, list)):
         if depth == 0:
-            raise _too_deep()
+            raise too_deep()
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(key, str):
                 _inspect_text(key, loc)
@@ -104,6 +133,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise Problem(400, f"the key {json.dumps(twice[:100])} stands twice in one object")
+    if len(made) > MOST_KEYS:
+        raise InvalidSubmission.of([], f"has an object with more than {MOST_KEYS} keys")
+    if made and max(map(len, made)) > LONGEST_KEY:
+        raise InvalidSubmission.of([], f"has a key of more than {LONGEST_KEY} characters: {max(made, key=len)[:50]}…")
     return made
 
 
@@ -123,12 +156,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise Problem(400, f"the body is not JSON: {name} is no number there")
 
 
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number, object_pairs_hook=_object)
+decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, parse_float=_number, object_pairs_hook=_object)
 
 
-def _too_deep() -> Problem:
+def too_deep() -> Problem:
+    """What to raise for bottomless nesting."""
     return Problem(400, f"the body nests deeper than {DEPTH} levels")
 
 
-def _too_large(limit: int) -> Problem:
+def too_large(limit: int) -> Problem:
+    """What to raise for a body of more than `limit` bytes."""
     return Problem(413, f"the body is larger than {limit} bytes")

@@ -21,7 +21,7 @@ BATCH = "INGEST_BATCH"
 MOST_IDS = 100_000
 LARGEST_ID = 10**9 + 7
 
-_BODY_LIMIT = 2 * body.LIMIT  # 100,000 ids of ten digits are more than the usual limit
+_BODY_LIMITS = 2  # 100,000 ids of ten digits are more than the usual limit
 _PRIORITIES = ("HIGH", "MEDIUM", "LOW")
 _ERRORS_NAMED = 20
 
@@ -34,7 +34,7 @@ class Ingestion:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Take the ids in: all of them, in one transaction, or none."""
-        ids, priority = _checked(body.read_object(req, limit=_BODY_LIMIT))
+        ids, priority = _checked(body.read_object(req, limit=_BODY_LIMITS * self._system.settings.max_body))
         size = self._system.settings.ingest_batch_size
         ingestion_id = str(uuid.uuid4())
         batches = [

@@ -11,22 +11,27 @@ from typing import IO, Any
 import falcon
 
 from jobsys import trail
-from jobsys.api import body, event_stream, filters, waiting, wire
+from jobsys.api import body, event_stream, filters, items, waiting, wire
 from jobsys.api.problem import Problem
 from jobsys.api.waiting import Waits
 from jobsys.errors import InvalidSubmission
-from jobsys.system import JobRecord, JobSystem
+from jobsys.submissions import Submitted
+from jobsys.system import JobRecord, JobSystem, Submission
+
+MOST_JOBS = 10_000
+"""How many jobs may be submitted at once."""
+ERRORS_NAMED = 50
 
 
 class Jobs:
-    """`/jobs`: submit a job, list jobs."""
+    """`/jobs`: submit a job, list jobs; `/jobs/bulk`: submit many."""
 
     def __init__(self, system: JobSystem) -> None:
         self._system = system
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Submit a job; it is durable before the answer is sent."""
-        document = body.read_object(req)
+        document = body.read_object(req, self._system.settings.max_body)
         try:
             job = self._system.submit(**wire.submission(document, key=req.get_header("Idempotency-Key")))
         except InvalidSubmission as error:
@@ -38,9 +43,47 @@ class Jobs:
             resp.set_header("Idempotency-Replayed", "true")
         resp.media = {"message": "Job accepted!", "jobId": job.id, "status": job.status}
 
+    def on_post_bulk(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Submit many jobs in one transaction, all or none; they are durable before the answer is sent."""
+        jobs = self._described(req)
+        ids = self._system.submit_many(jobs, idempotency_key=req.get_header("Idempotency-Key"))
+        replayed = sum(id != job.id for id, job in zip(ids, jobs, strict=True))
+        resp.status = falcon.HTTP_202
+        if replayed == len(ids):
+            resp.set_header("Idempotency-Replayed", "true")
+        resp.media = {"message": "Jobs accepted!", "jobIds": ids, "count": len(ids), "replayed": replayed}
+
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """List jobs, newest first, a page at a time."""
         resp.media = filters.page(self._system, req)
+
+    def _described(self, req: falcon.Request) -> list[Submitted]:
+        """The jobs in the body, checked one by one as they arrive. Raises InvalidSubmission with what is wrong with any of them."""
+        jobs: list[Submitted] = []
+        errors: list[dict[str, Any]] = []
+        for number, item in enumerate(items.read(req, self._system.settings.max_body)):
+            if number == MOST_JOBS:
+                raise InvalidSubmission.of([], f"the body has more than {MOST_JOBS} jobs: send them in several")
+            try:
+                jobs.append(self._one_described(item))
+            except InvalidSubmission as error:
+                errors += ({"loc": [number, *each["loc"]], "msg": each["msg"]} for each in error.errors)
+                jobs.clear()
+                if len(errors) >= ERRORS_NAMED:
+                    break
+        if errors:
+            raise InvalidSubmission(errors[:ERRORS_NAMED])
+        if not jobs:
+            raise InvalidSubmission.of([], f"the body has no jobs: send 1 to {MOST_JOBS}")
+        return jobs
+
+    def _one_described(self, item: dict[str, Any] | InvalidSubmission) -> Submitted:
+        if isinstance(item, InvalidSubmission):
+            raise item
+        try:
+            return self._system.describe(Submission(**wire.submission(item)))
+        except InvalidSubmission as error:
+            raise wire.in_words_of(item, error) from None
 
 
 class Job:
