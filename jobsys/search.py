@@ -8,7 +8,7 @@ goes on where it ended.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg2
 
@@ -25,22 +25,27 @@ FIRST_PART = 10_000
 """Jobs. A part that took less than a fifth of a second is followed by one twice as large."""
 
 
-def search(
-    database: db.Database, conditions: dict[str, dict[str, Any]], *, limit: int, cursor: str | None
-) -> tuple[list[db.Row], str | None, bool]:
-    """Rows of the statement `jobs` for which all `conditions` hold (SQL, and its parameters), newest first, from `cursor` on; the cursor
-    that continues them, None at the end; and whether time was up before there were `limit`. Raises DatabaseUnavailable."""
+class Condition(NamedTuple):
+    """A part of a WHERE, and its parameters."""
+
+    text: str
+    parameters: dict[str, Any]
+
+
+def search(database: db.Database, where: Condition, *, limit: int, cursor: str | None) -> tuple[list[db.Row], str | None, bool]:
+    """Rows of the statement `jobs` for which `where` holds, newest first, from `cursor` on; the cursor that continues them, None at the
+    end; and whether time was up before there were `limit`. Raises DatabaseUnavailable."""
     try:
-        found = _read(database, conditions, limit, _part(cursor), HASTE)
+        found = _read(database, where, limit, _part(cursor), HASTE)
         return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
     except DatabaseUnavailable as error:
-        if not conditions or not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
+        if where.text == "true" or not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
             raise
     found, size, deadline = [], FIRST_PART, time.monotonic() + TIME
     while True:
         began = time.monotonic()
         [(end,)] = database.run("end_of_part", before=cursor, size=size)
-        found += _read(database, conditions, limit - len(found), _part(cursor, end), LONGEST_PART)
+        found += _read(database, where, limit - len(found), _part(cursor, end), LONGEST_PART)
         if len(found) > limit or end is None:
             return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
         cursor = end
@@ -50,20 +55,16 @@ def search(
             size *= 2
 
 
-def _read(
-    database: db.Database, conditions: dict[str, dict[str, Any]], limit: int, part: dict[str, dict[str, Any]], seconds: float
-) -> list[db.Row]:
+def _read(database: db.Database, where: Condition, limit: int, part: Condition, seconds: float) -> list[db.Row]:
     """Up to one row more than `limit`, of one part of the jobs."""
-    conditions = conditions | part
-    parameters = {name: value for each in conditions.values() for name, value in each.items()}
-    statement = db.STATEMENTS["jobs"].replace("{conditions}", " and ".join(conditions) or "true")
+    statement = db.STATEMENTS["jobs"].replace("{conditions}", f"{where.text} and {part.text}")
     with database.connection() as connection, connection, connection.cursor() as cursor:
         cursor.execute("select set_config('statement_timeout', %s, true)", [f"{seconds * 1000:.0f}"])
-        cursor.execute(statement, {**parameters, "limit": limit + 1})
+        cursor.execute(statement, {**where.parameters, **part.parameters, "limit": limit + 1})
         return list(cursor.fetchall())
 
 
-def _part(before: str | None, end: str | None = None) -> dict[str, dict[str, Any]]:
+def _part(before: str | None, end: str | None = None) -> Condition:
     """The jobs older than `before`, down to `end`."""
-    newer = {"id < %(before)s::uuid": {"before": before}} if before else {}
-    return newer | ({"id >= %(end)s::uuid": {"end": end}} if end else {})
+    newer = "id < %(before)s::uuid" if before else "true"
+    return Condition(f"{newer} and id >= %(end)s::uuid" if end else newer, {"before": before, "end": end})

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import dramatiq
 import psycopg2
 
-from jobsys import db, logs, tracing, trail
+from jobsys import db, logs, tracing, trail, verbs
 from jobsys.broker import JobsBroker
 from jobsys.errors import BulkConflict, DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
 from jobsys.job_types import MAX_ERRORS, Registry, encode, priority_number, registry
 from jobsys.measurements import Recorder
-from jobsys.search import search
+from jobsys.search import Condition, search
 from jobsys.settings import Settings
 from jobsys.submissions import MANY, Submissions, Submitted, insert, insert_one, stream
+from jobsys.verbs import Outcome
 
 STATUSES = ("SCHEDULED", "PENDING", "PROCESSING", "COMPLETED", "FAILED", "DEAD", "CANCELLED")
 FINISHED = ("COMPLETED", "FAILED", "DEAD", "CANCELLED")
@@ -286,32 +287,7 @@ class JobSystem:
 
         Raises InvalidSubmission for a filter that can't be: a status there is not, a cursor that is none of ours.
         """
-        where: dict[str, Any] = {}
-        if status is not None:
-            statuses = [status] if isinstance(status, str) else list(status)
-            if unknown := set(statuses) - set(STATUSES):
-                raise InvalidSubmission.of(["status"], f'status "{unknown.pop()}" is not one of {", ".join(STATUSES)}')
-            # Constants, so that the planner can use the index of broken jobs; they were just checked.
-            where[f"status in ({', '.join(repr(each) for each in statuses)})"] = {}
-        if type is not None:
-            where["type = %(type)s"] = {"type": self.types.find(type).name if type.lower() in self.types.names else type}
-        if queue is not None:
-            where["queue = %(queue)s"] = {"queue": queue}
-        if priority is not None:
-            where["priority = %(priority)s"] = {"priority": priority_number(priority)}
-        if group_id is not None:
-            if not is_job_id(group_id):
-                return Page([], None)
-            where["group_id = %(group_id)s"] = {"group_id": group_id}
-        if created_after is not None:
-            where["created_at >= %(created_after)s"] = {"created_after": created_after}
-        if created_before is not None:
-            where["created_at < %(created_before)s"] = {"created_before": created_before}
-        if q is not None:
-            if is_job_id(q):
-                where["(id = %(q)s or group_id = %(q)s)"] = {"q": q}
-            else:
-                where["(type ilike %(q)s or payload::text ilike %(q)s or error::text ilike %(q)s)"] = {"q": f"%{_like(q)}%"}
+        where = self._where(status, type, queue, priority, group_id, q, created_after, created_before)
         if cursor is not None and not is_job_id(cursor):
             raise InvalidSubmission.of(["cursor"], "is not a cursor that an earlier page gave")
         rows, next_cursor, cut_short = search(self.database, where, limit=limit, cursor=cursor)
@@ -380,24 +356,49 @@ class JobSystem:
 
     def cancel(self, job_id: str, by: str | None = None) -> JobRecord:
         """Cancel a waiting job at once; ask a running one to stop. Raises JobNotFound, WrongState."""
-        return self._act("cancel", job_id, "cancelled", ("SCHEDULED", "PENDING", "PROCESSING"), by=by, stop="cancel")
+        return self._act("cancel", job_id, by)
 
     def retry(self, job_id: str, by: str | None = None) -> JobRecord:
         """Put an ended job back into the queue; attempts start again at 0, history is kept. Raises JobNotFound, WrongState."""
-        return self._act("requeue", job_id, "retried", ("FAILED", "DEAD", "CANCELLED"), by=by)
+        return self._act("retry", job_id, by)
 
     def bury(self, job_id: str, by: str | None = None) -> JobRecord:
         """Dead-letter a job that waits or failed. Raises JobNotFound, WrongState."""
-        return self._act("bury_job", job_id, "dead-lettered", ("FAILED", "SCHEDULED", "PENDING"), by=by)
+        return self._act("bury", job_id, by)
+
+    def act_on_many(
+        self, verb: str, ids: Iterable[str] | None = None, *, by: str | None = None, as_of: datetime | None = None, **filters: Any
+    ) -> Outcome:
+        """`retry`, `bury` or `cancel` many jobs: those of `ids`, or all that match `filters`, which are those of `jobs`.
+
+        It takes a few seconds at most, and says whether there are more: the same call again then goes on. With the `as_of` of the first
+        call nothing is done twice, not even to a job that was retried and has failed again. Without a status among the filters those are
+        meant that the verb is mostly for (`verbs.VERBS`). Raises InvalidSubmission for a status that it can't be asked of.
+        """
+        statuses, where = self._meant(verb, filters)
+        as_of = as_of or verbs.now(self.database)
+        if ids is None:
+            found = verbs.matching(self.database, where, as_of)
+            outcome, _ = verbs.act(self.database, verbs.VERBS[verb], found, statuses, by=by, as_of=as_of)
+            return outcome._replace(more=outcome.more or len(found) == verbs.MOST)
+        given = list({id.lower(): id for id in ids}.values())
+        before: dict[str, str] = dict(self.database.run("statuses", id=[id for id in given if is_job_id(id)]))
+        can = [id for id, status in before.items() if status in verbs.VERBS[verb].allowed]
+        outcome, asked = verbs.act(self.database, verbs.VERBS[verb], can, verbs.VERBS[verb].allowed, by=by, as_of=as_of)
+        return outcome._replace(left={id: before.get(id.lower()) for id in given if id.lower() not in asked})
+
+    def count_matching(self, verb: str, *, as_of: datetime, **filters: Any) -> int:
+        """How many jobs `act_on_many` with these filters would act on; up to 100,000 exactly, and beyond that 100,001."""
+        return verbs.count(self.database, self._meant(verb, filters)[1], as_of)
 
     def remove(self, job_id: str, by: str | None = None) -> bool:
         """Remove a job and its history. True: it is gone. False: it runs and was asked to stop; it goes when it has. Raises JobNotFound."""
         if self.database.run("remove", id=_known_id(job_id)):
             return True
-        rows = self.database.run("cancel", id=job_id, by=by, stop="remove")
+        rows = self.database.run("cancel", id=[job_id], by=by, stop="remove")
         if not rows:
             raise JobNotFound(job_id)
-        if not rows[0][1] or rows[0][0] != "PROCESSING":
+        if not rows[0][2] or rows[0][1] != "PROCESSING":
             # It ended, or was given back, between the two statements.
             return bool(self.database.run("remove", id=job_id)) or self.remove(job_id, by)
         return False
@@ -596,14 +597,62 @@ class JobSystem:
             raise InvalidSubmission(sorted(errors, key=lambda error: error["loc"][0])[:MAX_ERRORS])
         return ids
 
-    def _act(self, statement: str, job_id: str, verb: str, allowed: tuple[str, ...], **parameters: Any) -> JobRecord:
-        rows = self.database.run(statement, id=_known_id(job_id), **parameters)
+    def _act(self, name: str, job_id: str, by: str | None) -> JobRecord:
+        verb = verbs.VERBS[name]
+        rows = self.database.run(verb.statement, id=[_known_id(job_id)], by=by, **verb.parameters)
         if not rows:
             raise JobNotFound(job_id)
-        status, changed = rows[0][:2]
+        _, status, changed = rows[0][:3]
         if not changed:
-            raise WrongState(verb, status, allowed)
+            raise WrongState(verb.done, status, verb.allowed)
         return self.job(job_id)
+
+    def _meant(self, name: str, filters: dict[str, Any]) -> tuple[tuple[str, ...], Condition]:
+        """The statuses that a verb with these filters is meant for, and what else the jobs must fulfil."""
+        verb, status = verbs.VERBS[name], filters.get("status")
+        statuses = verb.usual if status is None else (status,) if isinstance(status, str) else tuple(status)
+        for each in statuses:
+            if each not in verb.allowed:
+                raise InvalidSubmission.of(["status"], str(WrongState(verb.done, each, verb.allowed)))
+        return statuses, self._where(**{**filters, "status": statuses})
+
+    def _where(
+        self,
+        status: str | Iterable[str] | None = None,
+        type: str | None = None,
+        queue: str | None = None,
+        priority: str | None = None,
+        group_id: str | None = None,
+        q: str | None = None,
+        created_after: datetime | None = None,
+        created_before: datetime | None = None,
+    ) -> Condition:
+        """What the filters ask of a job. Raises InvalidSubmission for one that can't be."""
+        where: dict[str, Any] = {"true": {}}
+        if status is not None:
+            statuses = [status] if isinstance(status, str) else list(status)
+            if unknown := set(statuses) - set(STATUSES):
+                raise InvalidSubmission.of(["status"], f'status "{unknown.pop()}" is not one of {", ".join(STATUSES)}')
+            # Constants, so that the planner can use the index of broken jobs; they were just checked.
+            where[f"status in ({', '.join(repr(each) for each in statuses)})"] = {}
+        if type is not None:
+            where["type = %(type)s"] = {"type": self.types.find(type).name if type.lower() in self.types.names else type}
+        if queue is not None:
+            where["queue = %(queue)s"] = {"queue": queue}
+        if priority is not None:
+            where["priority = %(priority)s"] = {"priority": priority_number(priority)}
+        if group_id is not None:
+            where["group_id = %(group_id)s" if is_job_id(group_id) else "false"] = {"group_id": group_id}
+        if created_after is not None:
+            where["created_at >= %(created_after)s"] = {"created_after": created_after}
+        if created_before is not None:
+            where["created_at < %(created_before)s"] = {"created_before": created_before}
+        if q is not None:
+            if is_job_id(q):
+                where["(id = %(q)s or group_id = %(q)s)"] = {"q": q}
+            else:
+                where["(type ilike %(q)s or payload::text ilike %(q)s or error::text ilike %(q)s)"] = {"q": f"%{_like(q)}%"}
+        return Condition(" and ".join(where), {name: value for each in where.values() for name, value in each.items()})
 
     def _counts(self) -> list[db.Row]:
         return self.database.run("counts")

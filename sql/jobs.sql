@@ -1,5 +1,5 @@
 -- Reads, and the operator's verbs. A verb's guard stands in its WHERE and it returns what changed: a lost race is a fact.
--- Every verb leaves a line in `events` with who asked, in the same statement.
+-- Every verb leaves a line in `events` with who asked, in the same statement. For many jobs at once they are locked before, by `take`.
 
 -- name: job
 select
@@ -103,7 +103,7 @@ where jobs.id is null or jobs.xmin::text <> watched.version
 -- A waiting job is cancelled at once, a running one is asked to stop; its worker is told through the channel.
 -- Who was asked twice, to stop and to be removed, is removed.
 with target as (
-    select id, status from jobs where id = %(id)s for update
+    select id, status from jobs where id = any(%(id)s::uuid[]) for update
 ), changed as (
     update jobs
     set status = case when jobs.status = 'PROCESSING' then jobs.status else 'CANCELLED' end::job_status,
@@ -116,13 +116,13 @@ with target as (
     insert into events (job_id, kind, attempt, by)
     select id, case when status = 'CANCELLED' then 'cancelled' else 'stop requested' end, attempt, %(by)s from changed
 )
-select target.status, changed.id is not null, case when changed.status = 'PROCESSING' then pg_notify('jobsys', '') end
+select target.id::text, target.status, changed.id is not null, case when changed.status = 'PROCESSING' then pg_notify('jobsys', '') end
 from target left join changed using (id);
 
 -- name: requeue
 -- The operator's retry: attempts start again at 0, history is kept (the end it had becomes an event), and the claim number goes on.
 with target as (
-    select id, status, attempt, finished_at from jobs where id = %(id)s for update
+    select id, status, attempt, finished_at from jobs where id = any(%(id)s::uuid[]) for update
 ), changed as (
     update jobs
     set status = 'PENDING', attempt = 0, crashes = 0, run_at = clock_timestamp(), started_at = null, finished_at = null,
@@ -132,19 +132,19 @@ with target as (
     returning jobs.id, jobs.queue, jobs.type, target.status as ended, target.attempt, target.finished_at
 ), counted as (
     insert into tally_log (queue, type, status, entered, departed)
-    select queue, type, 'RETRIED', 1, 0 from changed
+    select queue, type, 'RETRIED', count(*), 0 from changed group by queue, type
 ), noted as (
     insert into events (job_id, at, kind, attempt, by, message)
     select id, finished_at, 'finished', attempt, null, ended from changed
     union all
     select id, clock_timestamp(), 'retried', null, %(by)s, null from changed
 )
-select target.status, changed.id is not null from target left join changed using (id);
+select target.id::text, target.status, changed.id is not null from target left join changed using (id);
 
 -- name: bury_job
 -- The operator's dead letter. The end a failed job had becomes an event.
 with target as (
-    select id, status, finished_at from jobs where id = %(id)s for update
+    select id, status, finished_at from jobs where id = any(%(id)s::uuid[]) for update
 ), changed as (
     update jobs
     set status = 'DEAD', finished_at = clock_timestamp()
@@ -157,7 +157,44 @@ with target as (
     union all
     select id, finished_at, 'buried', attempt, %(by)s, null from changed
 )
-select target.status, changed.id is not null from target left join changed using (id);
+select target.id::text, target.status, changed.id is not null from target left join changed using (id);
+
+-- name: now
+select clock_timestamp();
+
+-- name: matching
+-- What a verb for many can be asked of, oldest first: who was asked to stop already is not asked again, and what came to its status
+-- after as_of isn't meant.
+select id::text
+from jobs
+where {conditions} and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
+order by jobs.id
+limit %(limit)s;
+
+-- name: count_matching
+select count(*)
+from (
+    select from jobs
+    where {conditions} and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
+    limit %(limit)s
+) as found;
+
+-- name: take
+-- Which of these jobs match (still)? Those that nobody else has locked are locked now.
+with matching as (
+    select id from jobs
+    where id = any(%(id)s::uuid[]) and status = any(%(status)s::job_status[])
+        and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
+), free as (
+    select id from jobs
+    where id = any(%(id)s::uuid[]) and status = any(%(status)s::job_status[])
+        and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
+    for update skip locked
+)
+select matching.id::text, free.id is not null from matching left join free using (id);
+
+-- name: statuses
+select id::text, status from jobs where id = any(%(id)s::uuid[]);
 
 -- name: remove
 delete from jobs where id = %(id)s and status <> 'PROCESSING' returning id::text;

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ import pytest
 import webtest
 from conftest import Running, eventually, execute
 
+from jobsys import verbs
 from jobsys.app import create_app
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
@@ -296,7 +298,7 @@ def test_a_bulk_needs_little_more_memory_than_its_jobs(start_web: Callable[..., 
     """Megabytes of small values: as Python objects they would be several times as much."""
     web = start_web(WEB_PROCESSES=1, WEB_THREADS=1)
     [process] = [each for each in web.family if each.pid != web.pid]
-    row = b'{"type":"CSV_EXPORT","payload":{"data":[%s]}}' % b",".join([b'{"a":1,"b":"x","c":null}'] * 600)
+    row = b'{"payload":{"data":[%s]}}' % b",".join([b'{"a":1,"b":"x","c":null}'] * 600)
     small = lines([{}] * 100)
     assert send(web, HEAD, b"Content-Length: %d\r\n\r\n" % len(small), small).startswith(b"202 ")
     before, most, over = process.memory_info().rss, [0], threading.Event()
@@ -307,10 +309,205 @@ def test_a_bulk_needs_little_more_memory_than_its_jobs(start_web: Callable[..., 
 
     watching = threading.Thread(target=watch)
     watching.start()
-    bodies = ((HEAD, (row + b"\n") * 250), (HEAD.replace(b"x-ndjson", b"json"), b"[" + b",".join([row] * 250) + b"]"))
+    bodies = ((HEAD, (row + b"\n") * 100), (HEAD.replace(b"x-ndjson", b"json"), b"[" + b",".join([row] * 100) + b"]"))
     answers = [send(web, head, b"Content-Length: %d\r\n\r\n" % len(body), body) for head, body in bodies]
     over.set()
     watching.join()
     assert [answer[:4] for answer in answers] == [b"202 "] * 2, answers
     body = bodies[0][1]
     assert (most[0] - before) / len(body) < 4
+
+
+# An operator's verbs
+
+
+@pytest.fixture
+def add_jobs(database_url: str) -> Callable[..., list[str]]:
+    """`add_jobs("FAILED", 3, type=…)` puts jobs of that status into the table; their ids, oldest first."""
+
+    def add(status: str, count: int = 1, type: str = "TEST_JOB", queue: str = "default") -> list[str]:
+        ran = status not in ("SCHEDULED", "PENDING")
+        columns = {
+            "type": f"'{type}'",
+            "queue": f"'{queue}'",
+            "status": f"'{status}'::job_status",
+            "attempt": "4" if ran else "0",
+            "started_at": "now() - interval '9 s'" if ran else "null",
+            "worker": "gen_random_uuid()" if ran else "null",
+            "finished_at": "now() - interval '5 s'" if ran and status != "PROCESSING" else "null",
+            "run_at": "now() + interval '1 h'" if status == "SCHEDULED" else "now()",
+        }
+        statement = (
+            f"insert into jobs ({', '.join(columns)}) select {', '.join(columns.values())} from generate_series(1, %s) returning id::text"
+        )
+        return sorted(id for (id,) in execute(database_url, statement, count))
+
+    return add
+
+
+def counts(system: JobSystem) -> dict[str, int]:
+    return {status: count for status, count in system.counts().items() if count}
+
+
+def test_all_that_match_are_retried_and_their_timelines_say_by_whom(
+    api: webtest.TestApp, system: JobSystem, add_jobs: Callable[..., list[str]]
+) -> None:
+    failed, dead = add_jobs("FAILED", 2500), add_jobs("DEAD", 3)
+    add_jobs("FAILED", 4, type="EMAIL_SEND"), add_jobs("CANCELLED", 2), add_jobs("COMPLETED", 2), add_jobs("PROCESSING")
+    answer = api.post_json("/admin/jobs/retry", {"filter": {"type": "TEST_JOB", "status": "FAILED"}}).json
+    assert {**answer, "asOf": None} == {"count": 2500, "more": False, "asOf": None}
+    job = api.get(f"/jobs/{failed[-1]}").json
+    assert (job["status"], job["attempts"], job["finishedAt"]) == ("PENDING", 0, None)
+    events = [(event["kind"], event["by"]) for event in api.get(f"/jobs/{failed[0]}/events").json["events"]]
+    assert ("retried", "admin") in events and ("finished", None) in events
+    assert system.totals()["jobs_retried"] == 2500
+    assert counts(system) == {"PENDING": 2500, "FAILED": 4, "DEAD": 3, "CANCELLED": 2, "COMPLETED": 2, "PROCESSING": 1}
+    assert api.post_json("/admin/jobs/retry", {"filter": {"status": ["failed", "DEAD"]}}).json["count"] == 7
+    assert api.get(f"/jobs/{dead[0]}").json["status"] == "PENDING"
+    assert api.post_json("/admin/jobs/retry", {"all": True}).json["count"] == 0, "what was cancelled on purpose is named or left alone"
+    assert api.post_json("/admin/jobs/retry", {"filter": {"status": "CANCELLED"}}).json["count"] == 2
+
+
+def test_waiting_jobs_are_cancelled_and_running_ones_asked_once(
+    api: webtest.TestApp, system: JobSystem, add_jobs: Callable[..., list[str]]
+) -> None:
+    add_jobs("PENDING", 5), add_jobs("SCHEDULED", 2), add_jobs("PENDING", queue="other"), add_jobs("FAILED")
+    [running] = add_jobs("PROCESSING")
+    answer = api.post_json("/admin/jobs/cancel", {"filter": {"queue": "default"}}).json
+    assert (answer["count"], answer["stopping"]) == (7, 1)
+    answer = api.post_json("/admin/jobs/cancel", {"filter": {"queue": "default"}}).json
+    assert (answer["count"], answer["stopping"], answer["more"]) == (0, 0, False)
+    assert [event.kind for event in system.events(running)].count("stop requested") == 1
+    answer = api.post_json("/admin/jobs/cancel", {"ids": [running]}).json
+    assert (answer["stopping"], answer["skipped"], answer["reasons"][0]["msg"]) == (0, 1, "it runs, and was asked to stop before")
+    assert counts(system) == {"PENDING": 1, "PROCESSING": 1, "CANCELLED": 7, "FAILED": 1}
+
+
+def test_what_failed_is_buried_and_what_waits_only_when_it_is_named(
+    api: webtest.TestApp, system: JobSystem, add_jobs: Callable[..., list[str]]
+) -> None:
+    add_jobs("FAILED", 3), add_jobs("PENDING", 2), add_jobs("SCHEDULED")
+    assert api.post_json("/admin/jobs/dlq", {"all": True}).json["count"] == 3
+    assert api.post_json("/admin/jobs/dlq", {"filter": {"status": "SCHEDULED"}}).json["count"] == 1
+    assert counts(system) == {"DEAD": 4, "PENDING": 2}
+
+
+def test_jobs_can_be_named_one_by_one_and_each_that_is_left_has_its_reason(
+    api: webtest.TestApp, add_jobs: Callable[..., list[str]]
+) -> None:
+    failed, cancelled, done = add_jobs("FAILED", 3), add_jobs("CANCELLED"), add_jobs("COMPLETED")
+    gone = "01a20560-59f6-7000-9635-42139b8250d8"
+    answer = api.post_json("/admin/jobs/retry", {"ids": [*failed, failed[0].upper(), *cancelled, *done, gone, "no id"]}).json
+    assert (answer["count"], answer["skipped"], answer["more"]) == (4, 3, False)
+    reasons = {reason["id"]: reason["msg"] for reason in answer["reasons"]}
+    assert reasons[done[0]] == "a job that is COMPLETED can't be retried; only FAILED, DEAD, CANCELLED can"
+    assert reasons[gone] == reasons["no id"] == "there is no job with this id"
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({}, []),
+        ({"filter": {}}, ["filter"]),
+        ({"filter": None}, ["filter"]),
+        ({"filter": "FAILED"}, ["filter"]),
+        ({"filter": {"type": ""}}, ["filter", "type"]),
+        ({"filter": {"type": None}}, ["filter", "type"]),
+        ({"filter": {"status": "COMPLETED"}}, ["filter", "status"]),
+        ({"filter": {"status": []}}, ["filter", "status"]),
+        ({"filter": {"status": ["FAILED", "NOPE"]}}, ["filter", "status"]),
+        ({"filter": {"priority": "urgent"}}, ["filter", "priority"]),
+        ({"filter": {"limit": "5"}}, ["filter", "limit"]),
+        ({"filter": {"createdBefore": "yesterday"}}, ["filter", "createdBefore"]),
+        ({"status": "FAILED"}, ["status"]),
+        ({"ids": []}, ["ids"]),
+        ({"ids": "x"}, ["ids"]),
+        ({"ids": [1]}, ["ids"]),
+        ({"ids": ["x"] * 10_001}, ["ids"]),
+        ({"all": False}, ["all"]),
+        ({"all": "true"}, ["all"]),
+        ({"all": True, "filter": {"status": "FAILED"}}, []),
+        ({"all": True, "asOf": "now"}, ["asOf"]),
+        ({"all": True, "asOf": None}, ["asOf"]),
+    ],
+)
+def test_that_all_are_meant_must_be_said_and_so_must_everything_else(away: webtest.TestApp, body: Any, place: list[str]) -> None:
+    for verb in ("retry", "dlq", "cancel"):
+        problem = away.post_json(f"/admin/jobs/{verb}", body, status=422)
+        assert place in [error["loc"] for error in problem.json["errors"]]
+
+
+def test_an_empty_body_and_a_filter_in_the_address_are_refused(away: webtest.TestApp) -> None:
+    away.post("/admin/jobs/retry", b"", status=400)
+    problem = away.post_json("/admin/jobs/retry?status=FAILED", {"all": True}, status=400)
+    assert "body" in problem.json["detail"]
+
+
+def test_a_call_that_was_cut_off_goes_on_when_it_is_made_again_and_does_nothing_twice(
+    system: JobSystem, add_jobs: Callable[..., list[str]], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = add_jobs("FAILED", 3500)
+    as_of = verbs.now(system.database)
+    with contextlib.closing(psycopg2.connect(database_url)) as connection:
+        connection.cursor().execute("select from jobs where id = %s for update", (ids[2500],))
+        monkeypatch.setattr(verbs, "PATIENCE", 60.0)
+        first = system.act_on_many("retry", status="FAILED", as_of=as_of, by="ann")
+        assert (first.done, first.more) == (3499, True), "nobody waits for a job that somebody else has locked, and it isn't forgotten"
+    execute(database_url, "update jobs set status = 'FAILED', finished_at = clock_timestamp() where id = any(%s::uuid[])", ids[:7])
+    again = system.act_on_many("retry", status="FAILED", as_of=first.as_of, by="ann")
+    assert (again.done, again.more) == (1, False), "what failed again is another failure"
+    assert counts(system) == {"FAILED": 7, "PENDING": 3493}
+    assert system.act_on_many("retry", status="FAILED").done == 7
+
+
+def test_a_call_ends_in_time_and_says_that_there_is_more(
+    system: JobSystem, add_jobs: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_jobs("FAILED", 3000)
+    moments = iter(range(100))
+    monkeypatch.setattr(verbs, "time", SimpleNamespace(monotonic=lambda: next(moments)))  # each thousand takes a second
+    monkeypatch.setattr(verbs, "PATIENCE", 2)
+    outcome = system.act_on_many("retry", status="FAILED")
+    monkeypatch.undo()
+    assert (outcome.done, outcome.more) == (2000, True)
+    monkeypatch.setattr(verbs, "MOST", 400)
+    assert (outcome := system.act_on_many("retry", status="FAILED"))[0] == 400 and outcome.more
+    assert system.count_matching("retry", status="FAILED", as_of=verbs.now(system.database)) == 401, "that is: more than 400"
+    monkeypatch.undo()
+    assert (outcome := system.act_on_many("retry", status="FAILED"))[0] == 600 and not outcome.more
+
+
+def test_however_many_jobs_there_are_no_transaction_has_more_than_a_thousand(
+    system: JobSystem, add_jobs: Callable[..., list[str]], database_url: str
+) -> None:
+    add_jobs("FAILED", 20_000)
+    as_of = verbs.now(system.database)
+    assert system.count_matching("retry", type="TEST_JOB", as_of=as_of) == 20_000
+    done, calls = 0, 0
+    while True:
+        outcome = system.act_on_many("retry", type="TEST_JOB", as_of=as_of, by="ann")
+        done, calls = done + outcome.done, calls + 1
+        if not outcome.more:
+            break
+    assert done == 20_000 and calls < 50
+    assert counts(system) == {"PENDING": 100_000} and system.totals()["jobs_retried"] == 20_000
+    in_one = "select max(n) from (select count(*) as n from events where kind = 'retried' group by xmin::text) as transactions"
+    assert execute(database_url, in_one) == [(1000,)]
+
+
+def test_two_operators_and_a_worker_at_once_do_each_thing_once(
+    api: webtest.TestApp, system: JobSystem, add_jobs: Callable[..., list[str]], database_url: str, start_worker: Callable[..., Running]
+) -> None:
+    add_jobs("FAILED", 2000), add_jobs("PENDING", 2000)
+    start_worker(WORKER_PROCESSES=1)
+    with ThreadPoolExecutor(4) as threads:
+        outcomes = list(
+            threads.map(lambda verb: system.act_on_many(verb, type="TEST_JOB", by=verb), ("retry", "cancel", "retry", "cancel"))
+        )
+    eventually(lambda: not system.counts()["PENDING"] and not system.counts()["PROCESSING"], timeout=30)
+    for kind, verb in (("retried", "retry"), ("cancelled", "cancel")):
+        [(noted,)] = execute(database_url, "select count(*) from events where kind = %s and by = %s", kind, verb)
+        assert noted == sum(outcome.done for outcome in outcomes[verb == "cancel" :: 2]), "a worker may have stopped a running one itself"
+    live = counts(system)
+    assert sum(live.values()) == 4000 and execute(database_url, "select count(*) from jobs") == [(4000,)]
+    assert {status: number for status, number in execute(database_url, "select status, count(*) from jobs group by status")} == live

@@ -45,8 +45,9 @@ TIMES = dict.fromkeys(KINDS, 3 if ALL else 1) | {"data": 1}
 PLANTS = 3
 HERE = Path(__file__).parent
 
-ELSEWHERE = {*db.load_statements("doctor.sql"), "completed", "count_requests"}
-"""What `jobsys doctor` asks, a job that calls complete_in twice, and the rate limit, on connections of their own."""
+ELSEWHERE = {*db.load_statements("doctor.sql"), "completed", "count_requests", "now", "matching", "count_matching", "take", "statuses"}
+"""What `jobsys doctor` asks; a job that calls complete_in twice, and the rate limit, on connections of their own; an operator's verb for
+many."""
 NEVER_RUN_BY_WORKERS = {
     *(
         "jobs",

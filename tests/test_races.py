@@ -119,15 +119,15 @@ def rescues(it: Rivals, run: Callable[..., Any]) -> Any:
 
 
 def cancels(it: Rivals, run: Callable[..., Any]) -> Any:
-    return [row for row in run("cancel", id=it.id, by="me", stop="cancel") if row[1]]
+    return [row for row in run("cancel", id=[it.id], by="me", stop="cancel") if row[2]]
 
 
 def requeues(it: Rivals, run: Callable[..., Any]) -> Any:
-    return [row for row in run("requeue", id=it.id, by="me") if row[1]]
+    return [row for row in run("requeue", id=[it.id], by="me") if row[2]]
 
 
 def buries(it: Rivals, run: Callable[..., Any]) -> Any:
-    return [row for row in run("bury_job", id=it.id, by="me") if row[1]]
+    return [row for row in run("bury_job", id=[it.id], by="me") if row[2]]
 
 
 def removes(it: Rivals, run: Callable[..., Any]) -> Any:

@@ -70,7 +70,7 @@ def test_pages_are_full_where_the_time_permits(many: str, system: JobSystem) -> 
 
 def test_what_is_given_up_is_given_up_in_the_database_too(many: str, system: JobSystem) -> None:
     with pytest.raises(DatabaseUnavailable) as caught:
-        search._read(system.database, {"pg_sleep(1) is not null": {}}, 5, {}, 0.01)
+        search._read(system.database, search.Condition("pg_sleep(1) is not null", {}), 5, search.Condition("true", {}), 0.01)
     assert isinstance(caught.value.__cause__, psycopg2.errors.QueryCanceled)
     assert execute(
         many, "select count(*) from pg_stat_activity where state = 'active' and query like '%pg_sleep(1)%' and pid <> pg_backend_pid()"

@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"settings"},
     {"logs", "local", "db", "measurements", "search"},
     {"migrations", "tokens", "passwords"},
-    {"job_types", "submissions"},
+    {"job_types", "submissions", "verbs"},
     {"jobs", "running"},
     {"attempts", "bulkheads", "outcomes", "middleware", "work_queue"},
     {"claims", "settlements", "tracing"},

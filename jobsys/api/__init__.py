@@ -44,6 +44,7 @@ def add_to(app: falcon.App, system: JobSystem, access: Access) -> None:
     app.add_route("/admin/dead", admin_jobs, suffix="dead")
     app.add_route("/admin/jobs/{job_id}/artifact", job, suffix="artifact")
     for verb in ("retry", "dlq", "cancel"):
+        app.add_route(f"/admin/jobs/{verb}", admin_jobs, suffix=verb)
         app.add_route(f"/admin/jobs/{{job_id}}/{verb}", admin_job, suffix=verb)
     for verb in ("pause", "resume"):
         app.add_route(f"/admin/queues/{{name}}/{verb}", admin_queue, suffix=verb)

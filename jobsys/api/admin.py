@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import falcon
 
-from jobsys.api import filters
+from jobsys.api import body, filters, wire
 from jobsys.api.jobs import accept
 from jobsys.api.problem import Problem
+from jobsys.errors import InvalidSubmission, WrongState
 from jobsys.system import JobSystem
+from jobsys.verbs import VERBS
+
+MOST_IDS = 10_000
+REASONS_NAMED = 100
 
 
 class AdminJobs:
-    """`/admin/jobs`, `/admin/failed`, `/admin/dead`: the same list."""
+    """`/admin/jobs`, `/admin/failed`, `/admin/dead`: the same list; `/admin/jobs/retry`, `/dlq`, `/cancel`: one verb for many."""
 
     def __init__(self, system: JobSystem) -> None:
         self._system = system
@@ -27,6 +34,80 @@ class AdminJobs:
     def on_get_dead(self, req: falcon.Request, resp: falcon.Response) -> None:
         """List the dead letters."""
         resp.media = filters.page(self._system, req, status="DEAD")
+
+    def on_post_retry(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Run many jobs again from the first attempt."""
+        resp.media = self._act("retry", req)
+
+    def on_post_dlq(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Make many jobs dead letters."""
+        resp.media = self._act("bury", req)
+
+    def on_post_cancel(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Cancel many jobs, and ask those that run to stop."""
+        resp.media = self._act("cancel", req)
+
+    def _act(self, verb: str, req: falcon.Request) -> dict[str, Any]:
+        if req.params:  # whoever filters there means to be heard
+            raise Problem(400, 'the filter belongs into the body: {"filter": {"status": …, "type": …}}')
+        document = body.read_object(req, self._system.settings.max_body)
+        chosen = _chosen(document)
+        try:
+            outcome = self._system.act_on_many(verb, by=req.context.user, **chosen)
+        except InvalidSubmission as error:
+            raise InvalidSubmission([{**each, "loc": ["filter", *each["loc"]]} for each in error.errors]) from None
+        answer: dict[str, Any] = {"count": outcome.done}
+        if verb == "cancel":
+            answer["stopping"] = outcome.stopping
+        if "ids" in document:
+            answer["skipped"] = len(outcome.left)
+            answer["reasons"] = [_reason(verb, *each) for each in list(outcome.left.items())[:REASONS_NAMED]]
+        return answer | {"more": outcome.more, "asOf": wire.timestamp(outcome.as_of)}
+
+
+def _chosen(document: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `act_on_many` from a body. That all jobs are meant must be said: a filter that got lost doesn't say it."""
+    errors = [
+        {"loc": [name], "msg": "is not known here; known are ids, filter, all, asOf"}
+        for name in document
+        if name not in ("ids", "filter", "all", "asOf")
+    ]
+    chosen: dict[str, Any] = {}
+    if len({"ids", "filter", "all"} & set(document)) != 1:
+        errors.append({"loc": [], "msg": 'say which jobs: {"ids": […]}, {"filter": {"status": …, "type": …}} or {"all": true}'})
+    elif "ids" in document:
+        ids = chosen["ids"] = document["ids"]
+        if not isinstance(ids, list) or not 1 <= len(ids) <= MOST_IDS or not all(isinstance(id, str) for id in ids):
+            errors.append({"loc": ["ids"], "msg": f"must be a list of 1 to {MOST_IDS} ids"})
+    elif "filter" in document:
+        if isinstance(document["filter"], dict) and document["filter"]:
+            chosen = filters.chosen(document["filter"])
+        else:
+            errors.append({"loc": ["filter"], "msg": 'must be an object that names something; for every job say {"all": true}'})
+    elif document["all"] is not True:
+        errors.append({"loc": ["all"], "msg": "must be true, or left out"})
+    try:
+        if "asOf" in document:
+            chosen["as_of"] = wire.moment(str(document["asOf"]))
+    except ValueError as error:
+        errors.append({"loc": ["asOf"], "msg": str(error)})
+    if errors:
+        raise InvalidSubmission(errors)
+    return chosen
+
+
+def _reason(name: str, id: str, status: str | None) -> dict[str, Any]:
+    """Why nothing was done to a job that was asked for."""
+    verb = VERBS[name]
+    if status is None:
+        why = "there is no job with this id"
+    elif status not in verb.allowed:
+        why = str(WrongState(verb.done, status, verb.allowed))
+    elif status == "PROCESSING":
+        why = "it runs, and was asked to stop before"
+    else:
+        why = "it changed, or somebody else had it locked; ask again"
+    return {"id": id, "msg": why}
 
 
 class AdminJob:

@@ -39,6 +39,28 @@ def page(system: JobSystem, req: falcon.Request, status: str | None = None) -> d
     return {"jobs": [wire.job(record) for record in found.jobs], "nextCursor": found.next_cursor}
 
 
+def chosen(document: dict[str, Any]) -> dict[str, Any]:
+    """The filters of `JobSystem.act_on_many` from the same words in a body; `status` may be a list. Raises InvalidSubmission."""
+    known = ("status", *(name for name in _FILTERS if name not in ("limit", "cursor")))
+    wanted: dict[str, Any] = {}
+    errors = []
+    for name, value in document.items():
+        argument, convert = _FILTERS.get(name) or ("status", _statuses)
+        try:
+            if name not in known:
+                raise ValueError(f"is not a filter here; known are {', '.join(known)}")
+            if name == "status" and isinstance(value, list) and all(isinstance(each, str) for each in value):
+                value = ",".join(value)
+            if not isinstance(value, str) or not value:
+                raise ValueError("must be a text, and not an empty one")
+            wanted[argument] = convert(value)
+        except ValueError as error:
+            errors.append({"loc": ["filter", name], "msg": str(error)})
+    if errors:
+        raise InvalidSubmission(errors)
+    return wanted
+
+
 def wait(req: falcon.Request) -> float:
     """The seconds that `?wait=` asks to wait, 0 without it."""
     text = parameters(req, ("wait",)).get("wait", "0")
