@@ -25,6 +25,7 @@ def add_to(app: falcon.App, system: JobSystem) -> None:
     app.add_route("/admin/ui/jobs", ui, suffix="jobs")
     app.add_route("/admin/ui/jobs/{job_id}", ui, suffix="job")
     app.add_route("/admin/ui/jobs/{job_id}/{verb}", ui, suffix="job_verb")
+    app.add_route("/admin/ui/many/{verb}", ui, suffix="many")
     app.add_route("/admin/ui/queues/{queue}/{verb}", ui, suffix="queue_verb")
     app.add_route("/admin/ui/static/{name}", ui, suffix="static")
     app.add_sink(ui.no_such_page, "/admin/ui/")

@@ -42,11 +42,12 @@ class Tokens:
 
 
 def read_form(req: falcon.Request) -> dict[str, str]:
-    """The fields of a form post, each once. Empty when the body is no such form, or longer than any of ours."""
+    """The fields of a form post, each once; `id`, which may be there many times, with commas between. Empty when the body is no such form,
+    or longer than any of ours."""
     if (req.content_type or "").split(";")[0].strip().lower() != "application/x-www-form-urlencoded":
         return {}
     body = req.bounded_stream.read(FORM_LIMIT + 1)
     if len(body) > FORM_LIMIT:
         return {}
     fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
-    return {name: values[-1] for name, values in fields.items()}
+    return {name: ",".join(values) if name == "id" else values[-1] for name, values in fields.items()}

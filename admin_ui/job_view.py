@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from admin_ui import wording
 from admin_ui.addresses import address
+from jobsys import verbs
 from jobsys.job_types import priority_name
 
 if TYPE_CHECKING:
@@ -20,24 +21,29 @@ GONE = "…\u2060"
 
 @dataclass(frozen=True)
 class Verb:
-    """What an operator can ask of a job: the button's word, the statuses it applies to, and what is said when it is done."""
+    """What an operator can ask of a job: the button's word, its name in `jobsys.verbs`, and what is said when it is done."""
 
     label: str
-    statuses: tuple[str, ...]
+    name: str
     done: str
+    done_to_many: str
 
 
 VERBS = {
-    "retry": Verb("Retry", ("FAILED", "DEAD", "CANCELLED"), "It waits for a worker again, with its attempts counted from 0."),
-    "dead-letter": Verb("Dead-letter", ("FAILED", "SCHEDULED", "PENDING"), "It is dead-lettered and won't run unless it is retried."),
-    "cancel": Verb("Cancel", ("SCHEDULED", "PENDING", "PROCESSING"), "It is cancelled. Retry runs it after all."),
+    "retry": Verb("Retry", "retry", "It waits for a worker again, with its attempts counted from 0.", "retried."),
+    "dead-letter": Verb("Dead-letter", "bury", "It is dead-lettered and won't run unless it is retried.", "dead-lettered."),
+    "cancel": Verb("Cancel", "cancel", "It is cancelled. Retry runs it after all.", "cancelled."),
 }
+
+
+def verbs_for(status: str) -> list[tuple[str, str]]:
+    """(verb, label) of what can be asked of a job of this status; of one of any status where none is given."""
+    return [(name, verb.label) for name, verb in VERBS.items() if not status or status in verbs.VERBS[verb.name].allowed]
 
 
 def buttons(job: JobRecord) -> list[tuple[str, str]]:
     """(verb, label) of what can be asked of the job now."""
-    allowed = [(name, verb.label) for name, verb in VERBS.items() if job.status in verb.statuses]
-    return [] if job.stop_requested else allowed
+    return [] if job.stop_requested else verbs_for(job.status)
 
 
 def line(job: JobRecord) -> dict[str, Any]:
@@ -53,6 +59,7 @@ def line(job: JobRecord) -> dict[str, Any]:
         "at": at or job.created_at,
         "error": wording.first_line(error_text(job)) if job.status != "COMPLETED" else "",
         "buttons": buttons(job) if job.finished else [],
+        "pick": bool(buttons(job)),
     }
 
 

@@ -23,6 +23,7 @@ from admin_ui.addresses import FILTERS, HOME, address, return_address
 from admin_ui.forms import Tokens, read_form
 from admin_ui.pages import REFRESH, Pages
 from admin_ui.wording import plural
+from jobsys import verbs
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, WrongState
 from jobsys.system import STATUSES
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 JOBS_SHOWN = 50
 BROKEN_SHOWN = 10
 EVENTS_SHOWN = 200
+PATIENCE = 15.0
+"""Seconds a button may take that does something to many jobs, before it says that there are more."""
 
 log = logging.getLogger(__name__)
 
@@ -118,19 +121,12 @@ class AdminUI:
     @page
     def on_get_jobs(self, req: falcon.Request, resp: falcon.Response) -> None:
         """The list, newest first, by status, type, queue, group or text, one page at a time."""
-        filters = {name: value for name in FILTERS if (value := (req.get_param(name) or "").replace("\0", "").strip())}
+        filters = _filters(lambda name: req.get_param(name))
         cursor = req.get_param("cursor") or None
-        status = filters["status"] = filters.get("status", "").upper()
-        found = self.system.jobs(
-            status=status or None,
-            type=filters.get("type"),
-            queue=filters.get("queue"),
-            group_id=filters.get("group"),
-            q=filters.get("q"),
-            limit=JOBS_SHOWN,
-            cursor=cursor,
-        )
+        status = filters.setdefault("status", "")
+        found = self.system.jobs(**_wanted(filters), limit=JOBS_SHOWN, cursor=cursor)
         counts = self.system.counts()
+        asked = job_view.verbs_for(status)
         self._show(
             req,
             resp,
@@ -148,6 +144,8 @@ class AdminUI:
             newest=address("jobs", **filters) if cursor else None,
             older=address("jobs", **filters, cursor=found.next_cursor) if found.next_cursor else None,
             cut_short=found.cut_short,
+            asked=asked,
+            all_links={verb: address("many", verb, **filters) for verb, _ in asked} if any(filters.values()) else {},
             types=sorted(self.system.types.types),
             queues=[queue.name for queue in self.system.queues()],
             try_it="" if any(counts.values()) else self._try_it(req),
@@ -195,6 +193,50 @@ class AdminUI:
     def on_get_job_verb(self, req: falcon.Request, resp: falcon.Response, job_id: str, verb: str) -> None:
         """Somebody reloads the answer to a button: show the job."""
         _redirect(resp, address("jobs", job_id))
+
+    @page
+    def on_get_many(self, req: falcon.Request, resp: falcon.Response, verb: str) -> None:
+        """Ask whether all that match are meant, with their number."""
+        known, filters = _verb(verb), _filters(lambda name: req.get_param(name))
+        if not filters:
+            raise Refused(falcon.HTTP_400, "All of which jobs?", "Narrow the list of jobs first: by status, type, queue, group or text.")
+        as_of = _moment(req.get_param("as_of")) or self.system.now()
+        count = self.system.count_matching(known.name, as_of=as_of, **_wanted(filters))
+        some = "more than " if count > verbs.MOST else ""
+        jobs = f"{some}{plural(min(count, verbs.MOST), 'job')}" if count else "no job"
+        self._show(
+            req,
+            resp,
+            "many",
+            title=f"{known.label} {jobs}?",
+            headline=f"{known.label} {jobs}?" if count else "No job matches",
+            verb=verb,
+            label=f"{known.label} {jobs}",
+            count=count,
+            filters=filters,
+            statuses=[filters["status"]] if "status" in filters else list(verbs.VERBS[known.name].usual),
+            as_of=as_of.isoformat(),
+            back=address("jobs", **filters),
+        )
+
+    @page
+    def on_post_many(self, req: falcon.Request, resp: falcon.Response, verb: str) -> None:
+        """Do it to the jobs that were picked, or to all that match as they did when it was asked."""
+        form, known = self._form(req), _verb(verb)
+        if "as_of" not in form:
+            ids = [id for id in form.get("id", "").split(",") if id]
+            outcome = self.system.act_on_many(known.name, ids, by=_user(req))
+            _redirect(resp, return_address(form.get("back", ""), "", done=f"{verb}-many", of=_numbers(outcome)))
+            return
+        filters, as_of = _filters(form.get), _moment(form["as_of"])
+        if not filters or as_of is None:
+            raise Refused(falcon.HTTP_400, "All of which jobs?", "Nothing was changed. Go back to the list, narrow it, and ask again.")
+        outcome = self.system.act_on_many(known.name, by=_user(req), as_of=as_of, patience=PATIENCE, **_wanted(filters))
+        done = {"done": f"{verb}-many", "of": _numbers(outcome)}
+        if outcome.more:
+            _redirect(resp, address("many", verb, **filters, as_of=form["as_of"], **done))
+        else:
+            _redirect(resp, address("jobs", **filters, **done))
 
     @page
     def on_post_queue_verb(self, req: falcon.Request, resp: falcon.Response, queue: str, verb: str) -> None:
@@ -268,6 +310,49 @@ class AdminUI:
         return f"curl {base}/jobs -H 'Content-Type: application/json'{token} -d {shlex.quote(body)}"
 
 
+def _filters(given: Callable[[str], str | None]) -> dict[str, str]:
+    """What the list is narrowed by, without what is empty."""
+    filters = {name: value for name in FILTERS if (value := (given(name) or "").replace("\0", "").strip())}
+    return {**filters, "status": filters["status"].upper()} if "status" in filters else filters
+
+
+def _wanted(filters: dict[str, str]) -> dict[str, Any]:
+    """The same as `JobSystem.jobs` takes it."""
+    return {"group_id" if name == "group" else name: value for name, value in filters.items() if value}
+
+
+def _verb(name: str) -> job_view.Verb:
+    if name not in job_view.VERBS:
+        raise _no_page()
+    return job_view.VERBS[name]
+
+
+def _moment(text: str | None) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else None
+
+
+def _numbers(outcome: verbs.Outcome) -> str:
+    """How many it was done to, were asked to stop, and were left, in an address."""
+    return f"{outcome.done}.{outcome.stopping}.{len(outcome.left)}.{outcome.more:d}"
+
+
+def _done_to_many(verb: job_view.Verb, numbers: str) -> dict[str, str] | None:
+    match = re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})\.([01])", numbers, re.ASCII)
+    if match is None:
+        return None
+    done, stopping, left, more = map(int, match.groups())
+    said = [
+        f"{plural(stopping, 'runs and was', 'run and were')} asked to stop." if stopping else "",
+        f"{left} could not be: they changed, are gone, or are locked." if left else "",
+        "There are more: go on below." if more else "",
+    ]
+    return {"title": f"{plural(done, 'job')} {verb.done_to_many}", "text": " ".join(part for part in said if part), "job_id": ""}
+
+
 def _user(req: falcon.Request) -> str:
     return str(req.context.user)
 
@@ -289,6 +374,8 @@ def _flash(req: falcon.Request) -> dict[str, str] | None:
         return {"title": f"Queue {of} is resumed.", "text": "Its jobs start again.", "job_id": ""}
     if done == "stop":
         return {"title": f"Job …{of[-12:]}:", "text": "It runs, was asked to stop, and ends at its next checkpoint.", "job_id": of}
+    if (many := done.removesuffix("-many")) != done and many in job_view.VERBS:
+        return _done_to_many(job_view.VERBS[many], of)
     if done in job_view.VERBS:
         return {"title": f"Job …{of[-12:]}:", "text": job_view.VERBS[done].done, "job_id": of}
     return None

@@ -367,25 +367,39 @@ class JobSystem:
         return self._act("bury", job_id, by)
 
     def act_on_many(
-        self, verb: str, ids: Iterable[str] | None = None, *, by: str | None = None, as_of: datetime | None = None, **filters: Any
+        self,
+        verb: str,
+        ids: Iterable[str] | None = None,
+        *,
+        by: str | None = None,
+        as_of: datetime | None = None,
+        patience: float | None = None,
+        **filters: Any,
     ) -> Outcome:
         """`retry`, `bury` or `cancel` many jobs: those of `ids`, or all that match `filters`, which are those of `jobs`.
 
-        It takes a few seconds at most, and says whether there are more: the same call again then goes on. With the `as_of` of the first
-        call nothing is done twice, not even to a job that was retried and has failed again. Without a status among the filters those are
-        meant that the verb is mostly for (`verbs.VERBS`). Raises InvalidSubmission for a status that it can't be asked of.
+        It takes `patience` seconds (3), hardly more, and says whether there are more: the same call again then goes on. With the `as_of`
+        of the first call nothing is done twice, not even to a job that was retried and has failed again. Without a status among the filters
+        those are meant that the verb is mostly for (`verbs.VERBS`). Raises InvalidSubmission for a status that it can't be asked of.
         """
         statuses, where = self._meant(verb, filters)
-        as_of = as_of or verbs.now(self.database)
+        as_of = as_of or self.now()
+        ask = partial(
+            verbs.act, self.database, verbs.VERBS[verb], by=by, as_of=as_of, patience=verbs.PATIENCE if patience is None else patience
+        )
         if ids is None:
             found = verbs.matching(self.database, where, as_of)
-            outcome, _ = verbs.act(self.database, verbs.VERBS[verb], found, statuses, by=by, as_of=as_of)
+            outcome, _ = ask(found, statuses)
             return outcome._replace(more=outcome.more or len(found) == verbs.MOST)
         given = list({id.lower(): id for id in ids}.values())
         before: dict[str, str] = dict(self.database.run("statuses", id=[id for id in given if is_job_id(id)]))
         can = [id for id, status in before.items() if status in verbs.VERBS[verb].allowed]
-        outcome, asked = verbs.act(self.database, verbs.VERBS[verb], can, verbs.VERBS[verb].allowed, by=by, as_of=as_of)
+        outcome, asked = ask(can, verbs.VERBS[verb].allowed)
         return outcome._replace(left={id: before.get(id.lower()) for id in given if id.lower() not in asked})
+
+    def now(self) -> datetime:
+        """The database's time, for an `as_of`: what has come to its status before this was asked has done so by then."""
+        return verbs.now(self.database)
 
     def count_matching(self, verb: str, *, as_of: datetime, **filters: Any) -> int:
         """How many jobs `act_on_many` with these filters would act on; up to 100,000 exactly, and beyond that 100,001."""

@@ -19,7 +19,7 @@ BATCH = 1000
 MOST = 100_000
 """So many ids are looked up at once."""
 PATIENCE = 3.0
-"""Seconds after which a call begins no other thousand."""
+"""Seconds after which a call begins no other thousand, unless it is given more."""
 ROUNDS, PAUSE = 10, 0.05
 """How often, and after how many seconds, it comes back to jobs that others have locked."""
 
@@ -75,10 +75,10 @@ def matching(database: db.Database, where: Condition, as_of: datetime) -> list[s
 
 
 def act(
-    database: db.Database, verb: Verb, ids: Sequence[str], statuses: Sequence[str], *, by: str | None, as_of: datetime
+    database: db.Database, verb: Verb, ids: Sequence[str], statuses: Sequence[str], *, by: str | None, as_of: datetime, patience: float
 ) -> tuple[Outcome, set[str]]:
     """Ask it of those of these jobs that have one of these statuses; what became of it, and the ids of those it was asked of."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     stopping, asked = 0, set[str]()
     todo, late = list(ids), False
     for _ in range(ROUNDS):

@@ -22,6 +22,7 @@ from webtest import TestApp
 
 from admin_ui import wording
 from admin_ui.forms import Tokens
+from jobsys import verbs
 from jobsys.app import create_app
 from jobsys.settings import Settings
 from jobsys.system import STATUSES, JobSystem
@@ -327,6 +328,76 @@ def test_a_button_in_the_list_leads_back_to_the_same_list(web: TestApp, add_job:
     page = web.get("/admin/ui/jobs?status=FAILED&queue=mail")
     location = page.forms[_form_of(page, "Retry")].submit().headers["Location"]
     assert "/admin/ui/jobs?status=FAILED&queue=mail&done=retry&of=" in location
+
+
+def test_all_that_match_are_retried_after_their_number_was_confirmed(web: TestApp, system: JobSystem, add_job: Callable[..., str]) -> None:
+    matching = [add_job("FAILED", type="EMAIL_SEND") for _ in range(3)]
+    other = add_job("FAILED", type="CSV_EXPORT")
+    asked = web.get("/admin/ui/jobs?status=FAILED&type=EMAIL_SEND").click("Retry all")
+    assert asked.html.h1.text == "Retry 3 jobs?" and "EMAIL_SEND" in text(asked) and "Failed" in text(asked)
+    assert all(status_of(system, id) == "FAILED" for id in matching), "a link changes nothing"
+    later = add_job("FAILED", type="EMAIL_SEND", finished_at=datetime.now(timezone.utc) + timedelta(seconds=9))
+    page = asked.forms["confirm"].submit().follow()
+    assert "3 jobs retried." in text(page) and page.request.params["type"] == "EMAIL_SEND"
+    assert [status_of(system, id) for id in (*matching, other, later)] == ["PENDING"] * 3 + ["FAILED"] * 2
+    assert [event.by for event in system.events(matching[0]) if event.kind == "retried"] == ["admin"]
+
+
+def test_cancelling_all_says_how_many_are_only_asked_to_stop(web: TestApp, system: JobSystem, add_job: Callable[..., str]) -> None:
+    for status in ("PENDING", "SCHEDULED", "PROCESSING", "PROCESSING", "FAILED"):
+        add_job(status)
+    page = web.get("/admin/ui/jobs?queue=default").click("Cancel all").forms["confirm"].submit().follow()
+    assert "2 jobs cancelled. 2 run and were asked to stop." in text(page)
+    assert system.counts()["CANCELLED"] == 2 and system.counts()["FAILED"] == 1
+
+
+def test_picked_jobs_are_changed_and_no_others(web: TestApp, system: JobSystem, add_job: Callable[..., str]) -> None:
+    failed = [add_job("FAILED") for _ in range(4)]
+    add_job("COMPLETED")
+    page = web.get("/admin/ui/jobs")
+    boxes = {box["value"]: box for box in page.html.select("input[type=checkbox]")}
+    assert set(boxes) == set(failed) and {box["form"] for box in boxes.values()} == {page.html.select_one("form.acts")["id"]}
+    form = page.html.select_one("form#picked")
+    fields = [(field["name"], field["value"]) for field in form.select("input")]
+    action = next(button["formaction"] for button in form.select("button") if button.text == "Dead-letter")
+    page = web.post(action, [*fields, ("id", failed[0]), ("id", failed[1]), ("id", failed[3])]).follow()
+    assert "3 jobs dead-lettered." in text(page)
+    assert [status_of(system, id) for id in failed] == ["DEAD", "DEAD", "FAILED", "DEAD"]
+    page = web.post(action, [*fields, ("id", failed[0]), ("id", failed[2])]).follow()
+    assert "1 job dead-lettered. 1 could not be" in text(page)
+    assert "0 jobs dead-lettered." in text(web.post(action, fields).follow())
+
+
+def test_more_than_can_be_done_at_once_are_done_step_by_step(
+    web: TestApp, system: JobSystem, add_job: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        add_job("FAILED")
+    monkeypatch.setattr(verbs, "MOST", 3)
+    asked = web.get("/admin/ui/jobs?status=FAILED").click("Retry all")
+    assert asked.html.h1.text == "Retry more than 3 jobs?"
+    asked = asked.forms["confirm"].submit().follow()
+    assert "3 jobs retried. There are more: go on below." in text(asked) and asked.html.h1.text == "Retry 2 jobs?"
+    assert "2 jobs retried." in text(asked.forms["confirm"].submit().follow()) and system.counts()["PENDING"] == 5
+
+
+def test_nothing_is_done_to_all_without_a_filter_a_token_and_a_confirmation(
+    web: TestApp, system: JobSystem, add_job: Callable[..., str], settings: Settings
+) -> None:
+    add_job("FAILED")
+    assert "Retry all" not in text(web.get("/admin/ui/jobs"))
+    assert "Retry all" not in text(web.get("/admin/ui/jobs?status=COMPLETED"))
+    web.get("/admin/ui/many/retry", status=400)
+    web.get("/admin/ui/many/retry?status=COMPLETED", status=400)
+    web.get("/admin/ui/many/explode?status=FAILED", status=404)
+    assert web.get("/admin/ui/many/retry?type=NOPE").html.h1.text == "No job matches"
+    token = Tokens(settings).make("admin")
+    moment = datetime.now(timezone.utc).isoformat()
+    web.post("/admin/ui/many/retry", {"status": "FAILED", "as_of": moment}, status=403)
+    for fields in ({"as_of": moment}, {"status": "FAILED", "as_of": "soon"}, {"as_of": moment, "limit": "5"}, {"as_of": moment, "q": " "}):
+        web.post("/admin/ui/many/retry", {"csrf": token, **fields}, status=400)
+    web.post("/admin/ui/many/retry", {"csrf": token, "status": "FAILED"}, status=303)
+    assert system.counts()["FAILED"] == 1
 
 
 def test_a_queue_is_paused_and_resumed_by_its_button(web: TestApp, system: JobSystem, add_job: Callable[..., str]) -> None:
