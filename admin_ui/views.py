@@ -126,7 +126,7 @@ class AdminUI:
         status = filters.setdefault("status", "")
         found = self.system.jobs(**_wanted(filters), limit=JOBS_SHOWN, cursor=cursor)
         counts = self.system.counts()
-        asked = job_view.verbs_for(status)
+        asked = job_view.verbs_for(status) if req.context.may_act else []
         self._show(
             req,
             resp,
