@@ -13,6 +13,7 @@ import webtest
 from conftest import Running, eventually, execute
 
 from jobsys.app import create_app
+from jobsys.job_types import registry
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
@@ -163,6 +164,13 @@ def test_older_clients_are_understood(api: webtest.TestApp) -> None:
     assert [each["id"] for each in api.get("/api/jobs").json["jobs"]] == [job["id"]]
     api.post(f"/jobs/{job['id']}/cancel", status=202)
     assert api.post(f"/api/jobs/{job['id']}/retry", status=202).json["status"] == "PENDING"
+
+
+def test_an_older_client_may_call_the_type_of_a_mail_by_any_of_its_names(api: webtest.TestApp) -> None:
+    mail = registry.types["EMAIL_SEND"]
+    for name in (mail.name, *mail.aliases, "SENDEMAIL"):
+        job_id = submit(api, name=name, data={"recipient": "ada@example.test", "subject": "Hello"})
+        assert api.get(f"/jobs/{job_id}").json["payload"] == {"to": "ada@example.test", "subject": "Hello"}
 
 
 def test_the_same_idempotency_key_and_body_answer_the_first_job(api: webtest.TestApp) -> None:

@@ -16,6 +16,7 @@ from jobsys.system import STATUSES, Event, JobRecord
 
 _STATUS_SYNONYMS = {"NEW": "PENDING", "QUEUED": "PENDING", "ACTIVE": "PROCESSING", "RUNNING": "PROCESSING", "SUCCESS": "COMPLETED"}
 _FIELD_SYNONYMS = {"name": "type", "data": "payload"}
+_EMAIL_NAMES = ("sendemail", "email_send", "email")
 _RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
@@ -126,7 +127,7 @@ def in_words_of(body: dict[str, Any], error: InvalidSubmission) -> InvalidSubmis
 
 def _translate_email(given: dict[str, Any]) -> None:
     payload = given.get("payload", {})
-    if given.get("type", "").lower() in ("sendemail", "email_send") and "recipient" in payload and "to" not in payload:
+    if "recipient" in payload and "to" not in payload and given.get("type", "").lower() in _EMAIL_NAMES:
         given["payload"] = {"to" if name == "recipient" else name: value for name, value in payload.items()}
 
 
