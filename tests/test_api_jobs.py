@@ -296,9 +296,14 @@ def test_waiting_ends_when_the_job_does(api: webtest.TestApp) -> None:
     canceller.join()
 
 
-@pytest.mark.parametrize("wait", ["-1", "31", "abc", "1e1", "nan", "inf", "0x5"])
+@pytest.mark.parametrize("wait", ["-1", "31", "abc", "1e2", "1e999", "nan", "inf", "0x5", "1_0", "%D9%A1", "."])
 def test_only_a_sensible_time_can_be_waited(away: webtest.TestApp, wait: str) -> None:
     assert "wait" in errors(away.get(f"/jobs/{ABSENT}?wait={wait}", status=400))
+
+
+@pytest.mark.parametrize("wait", ["0", "0.0001220703125", "1e-05", "5E-324", "00.1"])
+def test_a_time_to_wait_is_any_number_as_programs_write_them(api: webtest.TestApp, wait: str) -> None:
+    assert api.get(f"/jobs/{submit(api)}?wait={wait}").json["status"] == "PENDING"
 
 
 def test_those_who_wait_leave_threads_for_those_who_do_not(settings: Settings, system: JobSystem) -> None:

@@ -64,7 +64,7 @@ def chosen(document: dict[str, Any]) -> dict[str, Any]:
 def wait(req: falcon.Request) -> float:
     """The seconds that `?wait=` asks to wait, 0 without it."""
     text = parameters(req, ("wait",)).get("wait", "0")
-    if not re.fullmatch(r"\d{1,3}(\.\d{1,6})?", text, re.ASCII) or float(text) > LONGEST_WAIT:
+    if not re.fullmatch(r"\d+(\.\d+)?([eE][+-]?\d+)?", text, re.ASCII) or float(text) > LONGEST_WAIT:
         raise _refused([{"loc": ["wait"], "msg": f"must be a number of seconds from 0 to {LONGEST_WAIT:g}"}])
     return float(text)
 
