@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,8 @@ PATIENCE_FOR_KEYS = "4s"
 TRIES = 5
 JUST_REMOVED = "the job with this idempotency key is just being removed; try again"
 log = logs.get(__name__)
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class JobRecord(NamedTuple):
@@ -780,6 +783,6 @@ def _checked_group(group_id: str | None) -> str | None:
 def _checked_key(key: str | None) -> str | None:
     if key is None:
         return None
-    if not isinstance(key, str) or not 1 <= len(key) <= 255 or not key.isprintable():
-        raise InvalidSubmission.of(["idempotencyKey"], "must be 1 to 255 printable characters")
+    if not isinstance(key, str) or not 1 <= len(key) <= 255 or _CONTROL.search(key):
+        raise InvalidSubmission.of(["idempotencyKey"], "must be 1 to 255 characters, none of them a control character")
     return key
