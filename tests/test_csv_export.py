@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from jobsys import Job
@@ -71,6 +72,8 @@ def test_columns_that_are_named_are_written_and_no_others() -> None:
 def test_a_column_named_twice_is_refused() -> None:
     with pytest.raises(InvalidSubmission, match="twice"):
         registry.load().types["CSV_EXPORT"].check({"data": [], "columns": ["a", "a"]})
+    with pytest.raises(jsonschema.ValidationError, match="non-unique"):
+        jsonschema.validate({"data": [], "columns": ["a", "a"]}, CsvExport.model_json_schema())
 
 
 def test_the_header_is_the_union_of_the_keys_in_order_of_first_appearance() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import pytest
 from aiosmtpd.smtp import SMTP, AuthResult
 
@@ -389,6 +390,16 @@ def test_a_payload_that_is_no_mail_is_refused_by_name(wrong: dict[str, Any], loc
     with pytest.raises(InvalidSubmission) as refusal:
         registry.load().types["EMAIL_SEND"].check({**HELLO, **wrong})
     assert [error["loc"] for error in refusal.value.errors] == [["payload", *loc]]
+
+
+@pytest.mark.parametrize("wrong", [{"to": []}, {"to": ["ada@example.test"] * 101}, {"subject": "a\nb"}, {"subject": "a\u2028b"}])
+def test_the_schema_says_what_is_no_mail(wrong: dict[str, Any]) -> None:
+    schema = email.Email.model_json_schema()
+    jsonschema.validate(HELLO | {"cc": []}, schema)
+    for refuse, error in ((jsonschema.validate, jsonschema.ValidationError), (lambda mail, _: email.Email(**mail), ValueError)):
+        with pytest.raises(error):
+            refuse(HELLO | wrong, schema)
+    assert "email" in {each.get("format") for each in schema["properties"]["to"]["anyOf"]}
 
 
 @pytest.mark.parametrize(

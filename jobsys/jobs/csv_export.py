@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field, field_validator
 
@@ -45,7 +45,7 @@ class CsvExport(Payload):
     """The rows to write; `filename` is only the name offered for download."""
 
     data: list[dict[str, Any]] = Field(description="The rows, each an object of column name to value.")
-    columns: list[str] | None = Field(
+    columns: Annotated[list[str], Field(json_schema_extra={"uniqueItems": True})] | None = Field(
         None,
         description="The columns to write, in this order. Left out: every key of the rows, in order of first appearance.",
     )

@@ -33,6 +33,8 @@ KEEP = 60.0
 MAX_RECIPIENTS = 100
 """RFC 5321, 4.5.3.1.8: what every server has to accept in one mail."""
 
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+
 # the library's way of accepting example.test and localhost: whether such a name has mail is for one's own server to say
 email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
@@ -58,22 +60,28 @@ def _addresses(value: Any) -> list[str]:
 
 
 def _one_line(value: str) -> str:
-    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value):
+    if re.search(f"[{_CONTROLS}]", value):
         raise ValueError("must be one line without control characters")
     return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(_address), Field(json_schema_extra={"format": "email"})]
 Addresses = Annotated[
-    list[str], BeforeValidator(_addresses, json_schema_input_type=str | Annotated[list[str], Field(max_length=MAX_RECIPIENTS)])
+    list[str], BeforeValidator(_addresses, json_schema_input_type=Address | Annotated[list[Address], Field(max_length=MAX_RECIPIENTS)])
 ]
+Recipients = Annotated[
+    list[str],
+    BeforeValidator(_addresses, json_schema_input_type=Address | Annotated[list[Address], Field(min_length=1, max_length=MAX_RECIPIENTS)]),
+    Field(min_length=1),
+]
+Line = Annotated[str, AfterValidator(_one_line), Field(json_schema_extra={"pattern": rf"^[^{_CONTROLS}]*$"})]
 
 
 class Email(Payload):
     """The mail to send; its sender is MAIL_FROM."""
 
-    to: Addresses = Field(min_length=1, description="An address, or a list.")
-    subject: Annotated[str, AfterValidator(_one_line)] = Field(min_length=1, max_length=998)
+    to: Recipients = Field(description="An address, or a list.")
+    subject: Line = Field(min_length=1, max_length=998)
     body: str = Field("", description="The text.")
     html: str | None = Field(None, description="The same as HTML, for readers that prefer it.")
     cc: Addresses | None = None
