@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 import os
 import time
 from collections import OrderedDict
@@ -62,11 +61,12 @@ class Passwords:
         return [user for user, _ in self._users]
 
     def verify(self, name: bytes, password: bytes, address: str) -> User | None:
-        """Who this is; None when it is nobody, which takes as long whatever was wrong.
+        """Who this is; None when it is nobody, which takes as long whatever was wrong. `address` names what one client can choose its
+        addresses from, so of IPv6 the /64.
 
         Raises TooManyTries, and DatabaseUnavailable when there is no counting.
         """
-        place = network_of(address).encode()
+        place = address.encode()
         pair = _hashed(b"pair", place, name)
         wait = self._refused.get(pair, 0.0) - time.monotonic()
         if wait > 0:
@@ -151,17 +151,6 @@ def users(settings: Settings) -> list[tuple[User, str]]:
 def is_hash(secret: str) -> bool:
     """Whether it stands for a password without being it."""
     return secret.startswith("$argon2")
-
-
-def network_of(address: str) -> str:
-    """What one client can choose its addresses from: of IPv6 the /64."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        return str(parsed.ipv4_mapped or ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
-    return str(parsed)
 
 
 def _wait(rows: list[db.Row]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 import re
 from functools import lru_cache
 from typing import Any
@@ -17,11 +16,12 @@ from urllib.parse import urlsplit
 
 import falcon
 
+from jobsys.api.clients import address
 from jobsys.api.problem import Problem
 from jobsys.db import Database
 from jobsys.errors import InvalidToken, SettingsError
 from jobsys.passwords import Passwords, users
-from jobsys.settings import LOOPBACK, Settings
+from jobsys.settings import Settings, is_loopback
 from jobsys.tokens import Revocations, Tokens
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -45,7 +45,7 @@ def check(settings: Settings, host: str | None = None) -> None:
         raise SettingsError("JWT_SECRET_PREVIOUS is set without JWT_SECRET, and the API would be open: set both, or neither")
     if settings.viewer_credentials and not settings.admin_credentials:
         raise SettingsError("VIEWER_USER is set without ADMIN_USER, and nobody could act: set ADMIN_USER and ADMIN_PASS, too")
-    if not _is_loopback(host) and not settings.allow_insecure:
+    if not is_loopback(host) and not settings.allow_insecure:
         raise SettingsError(
             f"HOST {host} can be reached from other machines and the API asks for no token: set JWT_SECRET, or listen on 127.0.0.1, behind "
             "a proxy that asks for a password, or set ALLOW_INSECURE=1 to open it to everyone"
@@ -67,6 +67,7 @@ class Access:
     `req.context.may_act` may only look."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
         self.passwords = Passwords(settings, database)
         self.tokens = Tokens(settings) if settings.jwt_secret else None
         self._revocations = Revocations(database)
@@ -101,7 +102,7 @@ class Access:
 
     def verify(self, req: falcon.Request, name: bytes, password: bytes) -> Any:
         """Whose name and password these are; None when nobody's. Raises TooManyTries."""
-        return self.passwords.verify(name, password, req.remote_addr)
+        return self.passwords.verify(name, password, address(req, self._settings))
 
     def _take_credentials(self, req: falcon.Request, scope: str, for_passwords: bool) -> bool:
         """Whether it was a token that opened the door. Raises Problem when it stays shut."""
@@ -183,13 +184,6 @@ def _without_usual_port(host: str) -> str:
 @lru_cache(100)
 def _names_this_machine(host: str) -> bool:
     try:
-        return _is_loopback(urlsplit(f"//{host}").hostname or "")
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
     except ValueError:
         return False
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() in LOOPBACK
