@@ -10,10 +10,9 @@ import re
 from datetime import datetime, timezone
 from typing import Any
 
-MASK = "••••••"
-_SECRET_KEY = re.compile(r"passw(or)?d|passphrase|token|secret|authorization|api[-_]?key|credential|private[-_]?key", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"(?P<url>://[^\s:/@]*:)[^\s@/]+(?=@)|(?P<scheme>\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+from jobsys import secrecy
 
+MASK = "••••••"
 _NUMBERS = re.compile(r"\[\n\s+([^\[\]{}\"]*?)\n\s*\]")
 """A list of numbers as json.dumps lays it out, one a line."""
 
@@ -69,8 +68,8 @@ def clock(at: datetime, now: datetime) -> str:
 
 
 def masked_text(text: str) -> str:
-    """Free text without the passwords of URLs and without bearer tokens."""
-    return _SECRET_TEXT.sub(lambda match: (match["url"] or match["scheme"]) + MASK, text)
+    """Free text without what looks like a secret, and without ours."""
+    return secrecy.mask(text, MASK)
 
 
 def clipped(text: str, limit: int) -> str:
@@ -102,7 +101,7 @@ def _seen(value: Any, budget: list[int], depth: int) -> Any:
             if budget[0] <= 0:
                 copy["…"] = f"{len(value) - done:,} more"
                 break
-            copy[key[:200]] = MASK if _SECRET_KEY.search(key) and each not in (None, "", [], {}) else _seen(each, budget, depth + 1)
+            copy[key[:200]] = MASK if secrecy.SECRET_KEY.search(key) and each not in (None, "", [], {}) else _seen(each, budget, depth + 1)
         return copy
     if isinstance(value, list):
         if depth > 30:

@@ -61,9 +61,10 @@ def main() -> None:
 def complain(error: Exception) -> int:
     """Print one sentence on standard error; the exit status."""
     from jobsys.logs import printable
+    from jobsys.secrecy import mask
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    click.echo(f"jobsys: {printable(lines[0])}", err=True)
+    click.echo(f"jobsys: {printable(mask(lines[0]))}", err=True)
     return 1
 
 

@@ -27,6 +27,7 @@ from psycopg2 import extensions, extras
 
 from jobsys.errors import DatabaseUnavailable, NotMigrated, SettingsError
 from jobsys.interrupt import undisturbed
+from jobsys.secrecy import mask
 from jobsys.settings import Settings
 
 Row = tuple[Any, ...]
@@ -253,7 +254,7 @@ def translated() -> Iterator[None]:
     except NEVER_WORTH_REPEATING:
         raise
     except (psycopg2.OperationalError, psycopg2.InterfaceError, pg_errors.ReadOnlySqlTransaction) as error:
-        raise DatabaseUnavailable(_first_line(error)) from error
+        raise DatabaseUnavailable(mask(_first_line(error))) from error
     except (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction) as error:
         raise NotMigrated from error
 
@@ -268,7 +269,22 @@ def url_of(settings: Settings) -> str:
             f"DATABASE_URL is not set, and no database of bin/dev is under {settings.data_dir}: "
             "start bin/dev, or set DATABASE_URL=postgresql://user:password@host/name"
         )
+    if _is_cut_short(url):  # libpq would quote a part of the password, taking it for the host or the port
+        raise SettingsError(
+            "DATABASE_URL has characters in its password that mean something in an address: "
+            "write @ : / ? # % there as %40 %3A %2F %3F %23 %25"
+        )
     return url
+
+
+def _is_cut_short(url: str) -> bool:
+    """Whether a password that was not escaped ends too early, as libpq reads the address."""
+    match = re.match(r"postgres(?:ql)?://([^/?]*)(.*)", url, re.DOTALL)
+    if match is None:
+        return False
+    authority, rest = match.groups()
+    ports = [host.rpartition(":")[2] for host in authority.split(",") if ":" in host.rpartition("]")[2]]
+    return authority.count("@") > 1 or ("@" in rest and "@" not in authority and not all(port.isdecimal() for port in ports))
 
 
 def _read_json(text: str) -> Any:

@@ -25,8 +25,10 @@ from typing import Any
 
 import psycopg2
 
+from jobsys import db
 from jobsys.api.access import check
 from jobsys.local import LocalError, MailCatcher, Postgres, dies_with_us
+from jobsys.secrecy import mask
 from jobsys.settings import Settings
 
 HEALTHY_WITHIN = 30.0
@@ -71,7 +73,7 @@ def _up(settings: Settings, stop: StopRequest, up: contextlib.ExitStack) -> int:
         up.callback(postgres.stop)
         added["DATABASE_URL"] = places["Database"] = postgres.start()
     else:
-        _check_database(settings.database_url)
+        _check_database(db.url_of(settings))
     if settings.smtp_host is None:
         catcher = _catch_mail(settings)
         up.callback(catcher.stop)
@@ -262,7 +264,7 @@ def _check_database(url: str) -> None:
     try:
         psycopg2.connect(url, connect_timeout=5).close()
     except psycopg2.OperationalError as error:
-        reason = " ".join(str(error).split())
+        reason = mask(" ".join(str(error).split()))
         raise LocalError(
             f"DATABASE_URL leads to no PostgreSQL that answers ({reason}): "
             "start it, correct DATABASE_URL, or unset it to have one started here"

@@ -457,7 +457,8 @@ class PatientWorker(ThreadWorker):
 
 def _write_problem(client: socket.socket, status: int, reason: str, message: str) -> None:
     """What gunicorn answers to what is no HTTP request: an error of the same shape as ours, not its page of HTML."""
-    document = {"type": "about:blank", "title": reason, "status": status, "detail": message or reason}
+    said = message.partition("'")[0].rstrip(" :")  # what it quotes may be a header with a password
+    document = {"type": "about:blank", "title": reason, "status": status, "detail": said or reason}
     data = json.dumps(document).encode()
     head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/problem+json\r\nContent-Length: {len(data)}"
     util.write_nonblock(client, f"{head}\r\n\r\n".encode("latin-1") + data)

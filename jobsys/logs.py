@@ -13,7 +13,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -22,14 +21,14 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 
 import structlog
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict
 
-from jobsys import trail
+from jobsys import secrecy, trail
 from jobsys.errors import SettingsError
+from jobsys.secrecy import mask
 from jobsys.settings import Settings
 
 INFO = logging.INFO
@@ -45,13 +44,6 @@ _ESCAPES = {
     for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
 _ESCAPES_IN_TRACEBACKS = {code: text for code, text in _ESCAPES.items() if code != 10}
-_SECRET_KEY = re.compile(r"password|passwd|secret|token|api[_-]?key|authorization", re.IGNORECASE)
-_PASSWORDS = re.compile(
-    r"""(?P<before>://[^\s:/@"']{0,64}:)[^\s/@"']{1,256}(?=@)"""
-    rf"""|(?P<key>(?:{_SECRET_KEY.pattern})\\?["']?\s{{0,4}}[=:]\s{{0,4}})"""
-    r"""(?!\s)(?:"(?:[^"\\]|\\.)*"|\\"[^"]*"|'(?:[^'\\]|\\.)*'|(?:(?:basic|bearer)\s+)?[^\s,;)}\]]+)""",
-    re.IGNORECASE,
-)
 
 
 class Log(BoundLogger):
@@ -80,17 +72,17 @@ def configure(settings: Settings, *, process: str) -> None:
     On a terminal, and with FORCE_COLOR, lines are short and coloured (not with NO_COLOR); elsewhere they carry the whole time,
     the process and its pid. Processes may share LOG_FILE. Raises SettingsError when it can't be written.
     """
-    mask = _masker(settings)
+    secrecy.learn(settings)
     short = sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
     colours = short and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     handlers: list[logging.Handler] = [Stream(sys.stderr)]
-    handlers[0].setFormatter(_formatter(mask, lambda event: _line(event, process, short=short, colours=colours)))
+    handlers[0].setFormatter(_formatter(lambda event: _line(event, process, short=short, colours=colours)))
     if settings.log_file is not None:
         try:
             handlers.append(SharedFile(settings.log_file))
         except OSError as error:
             raise SettingsError(f"LOG_FILE: {settings.log_file} can't be written: {error.strerror}") from None
-        handlers[1].setFormatter(_formatter(mask, lambda event: _json_line(event, process)))
+        handlers[1].setFormatter(_formatter(lambda event: _json_line(event, process)))
 
     root = logging.getLogger()
     before, root.handlers[:] = list(root.handlers), handlers
@@ -121,6 +113,10 @@ def gunicorn_logger_class() -> type:
                 log.handlers.clear()
                 log.propagate = True
                 log.setLevel(logging.NOTSET)
+
+        def warning(self, msg: str, *args: Any, **values: Any) -> None:
+            """A request that is none is quoted by gunicorn, and what it quotes may be a header with a password."""
+            super().warning(msg.partition("'")[0].rstrip(" :") if msg.startswith("Invalid request") else msg, *args, **values)
 
     return Lines
 
@@ -209,9 +205,9 @@ def _follow_trail(_logger: Any, _name: str, event: EventDict) -> EventDict:
     return event
 
 
-def _formatter(mask: Callable[[str], str], render: Callable[[EventDict], str]) -> ProcessorFormatter:
+def _formatter(render: Callable[[EventDict], str]) -> ProcessorFormatter:
     def masked(_logger: Any, _name: str, event: EventDict) -> EventDict:
-        return {key: value if key.startswith("_") else _presentable(key, value, mask) for key, value in event.items()}
+        return {key: value if key.startswith("_") else _presentable(key, value) for key, value in event.items()}
 
     return ProcessorFormatter(
         foreign_pre_chain=[structlog.contextvars.merge_contextvars, _follow_trail, structlog.stdlib.ExtraAdder()],
@@ -224,7 +220,7 @@ def _formatter(mask: Callable[[str], str], render: Callable[[EventDict], str]) -
     )
 
 
-def _presentable(key: str, value: Any, mask: Callable[[str], str]) -> Any:
+def _presentable(key: str, value: Any) -> Any:
     """The value without secrets, and cut when it is long: a log line is no place for a million rows."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
@@ -241,7 +237,7 @@ def _presentable(key: str, value: Any, mask: Callable[[str], str]) -> Any:
 
 @lru_cache(1000)
 def _is_secret(key: str) -> bool:
-    return _SECRET_KEY.search(key) is not None
+    return secrecy.SECRET_KEY.search(key) is not None
 
 
 def _line(event: EventDict, process: str, *, short: bool, colours: bool) -> str:
@@ -296,29 +292,6 @@ def _utc(seconds: float) -> str:
 @lru_cache(8)
 def _whole_second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-
-
-def _masker(settings: Settings) -> Callable[[str], str]:
-    """Hides what looks like a password, and our own secrets wherever they stand.
-
-    Our own only from 6 characters on: masking every "admin" would hide more than it protects, and would tell the password.
-    """
-    try:
-        in_url = urlsplit(settings.database_url or "").password or ""
-    except ValueError:
-        in_url = ""
-    own = {settings.smtp_password, settings.admin_pass, settings.admin_password, settings.viewer_pass, in_url, unquote(in_url)}
-    own |= {settings.jwt_secret, settings.jwt_secret_previous}
-    known = {text for secret in own if secret and len(secret) >= 6 for text in (secret, _as_json(secret)[1:-1])}
-    secrets = re.compile("|".join(re.escape(secret) for secret in sorted(known, key=len, reverse=True)) or r"(?!)")
-
-    def mask(text: str) -> str:
-        # What looks like a password has one of these in it; most values have none.
-        if "=" in text or ":" in text:
-            text = _PASSWORDS.sub(lambda match: f"{match['before'] or match['key']}***", text)
-        return secrets.sub("***", text)
-
-    return mask
 
 
 def _log_dead_thread(args: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jobsys.errors import GiveUp
 from jobsys.job_types import encode
 from jobsys.running import RunningJob
+from jobsys.secrecy import mask
 
 LONGEST_STACK = 30
 """Frames kept of a traceback, the innermost."""
@@ -30,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """What is kept of an exception, as text PostgreSQL can hold."""
+    """What is kept of an exception, as text PostgreSQL can hold, without secrets."""
 
     type: str
     message: str
@@ -107,7 +108,7 @@ def _name_of(error: BaseException) -> str:
 
 def _message_of(error: BaseException) -> str:
     try:
-        return plain_text(str(error), 5_000)
+        return mask(plain_text(str(error), 5_000))
     except BaseException as broken:
         return f"(its text can't be had: str() raised {_name_of(broken)})"
 
@@ -121,7 +122,7 @@ def _traceback_of(error: BaseException) -> str:
         while part is not None:
             part.stack[:] = [frame for frame in part.stack if not frame.filename.endswith(_ABOVE_A_JOB)][-LONGEST_STACK:]
             part = part.__cause__ or part.__context__
-        return plain_text("".join(told.format()))
+        return mask(plain_text("".join(told.format())))
 
     return _told(tell, f"{_name_of(error)} (its traceback can't be had)")
 

@@ -28,6 +28,7 @@ from jobsys.lookout import Lookout
 from jobsys.measurements import Recorder
 from jobsys.outcomes import Outcome, finish, plain_text, release
 from jobsys.running import RunningJob
+from jobsys.secrecy import mask
 from jobsys.settlements import Settlements, Writer
 from jobsys.work_queue import WorkQueue
 
@@ -350,10 +351,10 @@ def _report(lines: list[Any], latest: list[Any]) -> dict[str, list[Any]]:
     return {
         "id": [job.message_id for job, _ in latest],
         "claim": [job.claim for job, _ in latest],
-        "progress": [encode({**progress, "message": plain_text(progress["message"], 500)}) for _, progress in latest],
+        "progress": [encode({**progress, "message": mask(plain_text(progress["message"], 500))}) for _, progress in latest],
         "job_id": [job.message_id for job, *_ in lines],
         "ago": [now - at for _, at, _, _ in lines],  # by the database's clock, not by this machine's
         "kind": [kind for _, _, kind, _ in lines],
         "attempt": [job.attempt for job, *_ in lines],
-        "message": [plain_text(text, 5_000) for *_, text in lines],
+        "message": [mask(plain_text(text, 5_000)) for *_, text in lines],
     }

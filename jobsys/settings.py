@@ -1,4 +1,5 @@
-"""Every environment variable: its type, its default, and one line of help. Nothing else reads the environment.
+"""Every environment variable: its type, its default, and one line of help. Nothing else reads the environment. What has `repr=False` is a
+secret, and hidden wherever it would come out (see secrecy.py).
 
 `Settings()` reads the process's environment and `.env` in the current directory; keyword arguments win over both, and so
 a test says `Settings(port=0)`. The names are those of the variables in lower case.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import dramatiq
 import psycopg2
 
-from jobsys import db, logs, tracing, trail, verbs
+from jobsys import db, logs, secrecy, tracing, trail, verbs
 from jobsys.broker import JobsBroker
 from jobsys.errors import BulkConflict, DatabaseUnavailable, IdempotencyConflict, InvalidSubmission, JobNotFound, WrongState
 from jobsys.ids import is_job_id, new_job_id
@@ -187,6 +187,7 @@ class JobSystem:
 
     def __init__(self, settings: Settings | None = None, *, pool_size: int = 8) -> None:
         self.settings = settings or Settings()
+        secrecy.learn(self.settings)
         tracing.configure(self.settings)
         self.database = db.Database(db.url_of(self.settings), size=pool_size, wait=2.0, patience=4.0)
         self._submissions = Submissions(self.database)

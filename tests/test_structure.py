@@ -12,7 +12,7 @@ CHECKOUT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "ids", "interrupt", "outgoing", "trail"},
     {"settings"},
-    {"logs", "local", "db", "measurements", "search"},
+    {"logs", "local", "db", "measurements", "search", "secrecy"},
     {"migrations", "tokens", "passwords"},
     {"job_types", "submissions", "verbs"},
     {"jobs", "running"},
