@@ -750,6 +750,8 @@ def _options(submission: Submission, job: tuple[str, str, str] | None) -> str:
     if given is not None and not trail.is_request_id(given):
         raise InvalidSubmission.of(["requestId"], "must be 1 to 128 letters, digits or any of _.:/+=@-")
     carried = trail.options(given, job=job)
+    if carried.keys() == {"request_id"}:  # as almost always; nothing in it needs to be escaped
+        return '{"request_id": "' + carried["request_id"] + '"}'
     return encode(carried) if carried else "{}"
 
 
