@@ -24,6 +24,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST_NAMED = 50
+"""How many wrong fields are named: no answer is larger than what it answers."""
+
 
 class JobsysError(Exception):
     """The root of everything jobsys raises on purpose."""
@@ -34,11 +37,11 @@ class SettingsError(JobsysError):
 
 
 class InvalidSubmission(JobsysError):
-    """A job can't be accepted as described. `errors` is a list of `{"loc": [...], "msg": "..."}`."""
+    """A job can't be accepted as described. `errors` is a list of `{"loc": [...], "msg": "..."}`, the first MOST_NAMED of them."""
 
     def __init__(self, errors: list[dict[str, Any]]) -> None:
-        self.errors = errors
-        super().__init__("; ".join(_sentence(error) for error in errors))
+        self.errors = errors[:MOST_NAMED]
+        super().__init__("; ".join(_sentence(error) for error in self.errors))
 
     @classmethod
     def of(cls, loc: list[str | int], msg: str) -> InvalidSubmission:

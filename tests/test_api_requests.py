@@ -169,6 +169,24 @@ def test_a_body_of_a_mebibyte_is_taken_and_one_byte_more_is_not(api: webtest.Tes
     api.post("/jobs", frame % (b"x" * (most + 1)), JSON, status=413)
 
 
+def test_an_answer_names_the_first_of_many_mistakes(away: webtest.TestApp) -> None:
+    many = {f"field {n}": n for n in range(9_000)}
+    for path, body in (("/jobs", many), ("/api/ingest", {"ids": [1], **many}), ("/admin/jobs/retry", many), ("/jobs/bulk", [many] * 5)):
+        problem = away.post_json(path, body, status=422)
+        assert len(problem.json["errors"]) == 50 and len(problem.body) < 20_000
+
+
+def test_an_object_has_a_bounded_number_of_keys_and_keys_of_a_bounded_length(away: webtest.TestApp) -> None:
+    for raw, said in (
+        (b'{"payload":{%s}}' % b",".join(b'"%d":1' % n for n in range(10_001)), "more than 10000 keys"),
+        (b'{"payload":{"%s":1}}' % (b"k" * 1001), "more than 1000 characters"),
+    ):
+        problem = away.post("/jobs", raw, JSON, status=422)
+        assert said in problem.json["detail"] and len(problem.body) < 1000
+    for raw in (b'{"payload":{%s},"x":1}' % b",".join(b'"%d":1' % n for n in range(10_000)), b'{"payload":{"%s":1},"x":1}' % (b"k" * 1000)):
+        assert away.post("/jobs", raw, JSON, status=422).json["errors"][0]["loc"] == ["x"], "these are all right"
+
+
 def test_a_hostile_body_is_refused_quickly(away: webtest.TestApp) -> None:
     many = b",".join(b'"%d":1' % n for n in range(90_000))
     for raw in (
