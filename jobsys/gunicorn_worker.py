@@ -67,7 +67,7 @@ class Exchange:
 
     def postpone(self, proceed: Callable[[], None]) -> bool:
         """Answer later. False: there are too many of these already, or the server ends; then answer now."""
-        if not isinstance(self._response, wsgi.Response) or not self._worker.may_postpone():
+        if type(self._response) is not wsgi.Response or not self._worker.may_postpone():
             return False
         self.proceed = proceed
         self.unsent = bytearray()
@@ -137,10 +137,10 @@ class Exchange:
         try:
             while self.unsent:
                 del self.unsent[: self.connection.sock.send(self.unsent)]
+                self.stuck_since = math.inf
         except BlockingIOError:
             self.stuck_since = min(self.stuck_since, time.monotonic())
             return False
-        self.stuck_since = math.inf
         return True
 
     def stays(self) -> bool:

@@ -22,7 +22,7 @@ from jobsys.system import JobRecord, JobSystem
 
 log = logs.get(__name__)
 
-PAUSE, SHARE, LONGEST_PAUSE = 0.02, 0.02, 0.25
+PAUSE, SHARE, LONGEST_PAUSE = 0.02, 0.05, 0.25
 """Seconds between two looks at least; the share of its time that looking may take; and seconds at most."""
 PATIENCE = 4.0
 """Seconds for which the database may be away before those who wait for a job are told."""
