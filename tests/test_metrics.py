@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg2
 import pytest
 import webtest
@@ -112,7 +113,9 @@ def test_what_a_process_counted_outlives_it_and_its_pools_do_not(
     counted, pool = 'jobsys_job_run_seconds_count{outcome="completed",queue="default",type="TEST_JOB"}', 'process="worker"'
     eventually(lambda: samples(api.get("/metrics", headers=TEXT).text).get(counted) == 1)
     assert pool in api.get("/metrics", headers=TEXT).text
-    worker.signal(9)
+    supervisor = psutil.Process(worker.pid)
+    for process in [supervisor, *supervisor.children()]:
+        process.kill()
     eventually(lambda: pool not in api.get("/metrics", headers=TEXT).text)
     assert samples(api.get("/metrics", headers=TEXT).text)[counted] == 1
 
