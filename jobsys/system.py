@@ -39,7 +39,6 @@ JUST_REMOVED = "the job with this idempotency key is just being removed; try aga
 log = logs.get(__name__)
 
 
-
 class JobRecord(NamedTuple):
     """One job as it stands. Times are aware, in UTC; `attempt` counts the starts, `error` is the last failed attempt's."""
 

@@ -11,7 +11,23 @@ import sys
 from tests.benchmarks.harness import FULL, QUICK, USUAL, bench, machine, tell, versions
 from tests.benchmarks.result import TABLE_HEAD, Result
 
-PARTS = ["drain", "latency", "urgent", "due", "submit", "bulk", "http", "limit", "waiting", "flat", "snapshot", "processes", "memory", "real", "prune"]
+PARTS = [
+    "drain",
+    "latency",
+    "urgent",
+    "due",
+    "submit",
+    "bulk",
+    "http",
+    "limit",
+    "waiting",
+    "flat",
+    "snapshot",
+    "processes",
+    "memory",
+    "real",
+    "prune",
+]
 LIBRARIES = [
     "dramatiq",
     "psycopg2-binary",
