@@ -26,6 +26,8 @@ LONGEST_LIFE = 366 * 86400.0
 LEEWAY = 30.0
 """Seconds by which the clocks of two machines may differ."""
 SHORTEST_SECRET = 32
+REMEMBERED = 1_000
+"""Tokens that a process need not verify again: that costs more than the rest of the door."""
 HOW_TO_MAKE_A_SECRET = "make one with `openssl rand -base64 48`"
 
 REFRESH = 2.0
@@ -63,6 +65,7 @@ class Tokens:
         self._keys = [_key("JWT_SECRET", settings.jwt_secret)]
         if settings.jwt_secret_previous:
             self._keys.append(_key("JWT_SECRET_PREVIOUS", settings.jwt_secret_previous))
+        self._believed: dict[str, Claims] = {}
 
     def issue(self, sub: str, scopes: Iterable[str], seconds: float) -> tuple[str, Claims]:
         """A new token, good from now on for so many seconds. Raises ValueError when it could not be read back."""
@@ -89,6 +92,15 @@ class Tokens:
 
     def read(self, token: str) -> Claims:
         """What the token says. Raises InvalidToken unless it was signed with one of our keys, is meant for us, and is good now."""
+        claims = self._believed.get(token)
+        # Of what was believed once, only one thing can change.
+        if claims is None or claims.expires_at <= time.time() - LEEWAY:
+            if len(self._believed) >= REMEMBERED:
+                self._believed.clear()
+            claims = self._believed[token] = self._verified(token)
+        return claims
+
+    def _verified(self, token: str) -> Claims:
         for key in self._keys:
             try:
                 return _believed(
@@ -123,6 +135,7 @@ class Revocations:
         self._read_at = self._tried_at = -math.inf
         self._lock = threading.Lock()
         self._reading: threading.Thread | None = None
+        self._failed = False
 
     def cover(self, claims: Claims) -> bool:
         """Whether the token was revoked.
@@ -136,16 +149,15 @@ class Revocations:
     def _refresh(self) -> None:
         with self._lock:
             now = time.monotonic()
-            # Once it has failed nobody waits again: the database is away, and each request will find that out for itself.
-            in_vain = self._tried_at > self._read_at
-            if self._reading is None and now - self._tried_at > REFRESH:
-                self._tried_at = now
-                self._reading = threading.Thread(target=self._read, name="jobsys revocations", daemon=True)
-                self._reading.start()
-            reading = self._reading
+            if now - self._tried_at > REFRESH and not (self._reading is not None and self._reading.is_alive()):
+                reading = threading.Thread(target=self._read, name="jobsys revocations", daemon=True)
+                reading.start()
+                self._reading, self._tried_at = reading, now
+            reading_now = self._reading
         never = self._read_at == -math.inf
-        if reading is not None and (never or (now - self._read_at > TOO_OLD and not in_vain)):
-            reading.join(4 * PATIENCE if never else PATIENCE)
+        # Once it has failed nobody waits again: the database is away, and each request will find that out for itself.
+        if reading_now is not None and (never or (now - self._read_at > TOO_OLD and not self._failed)):
+            reading_now.join(4 * PATIENCE if never else PATIENCE)
         if self._read_at == -math.inf:
             raise DatabaseUnavailable("which tokens were revoked can't be read")
 
@@ -153,15 +165,13 @@ class Revocations:
         asked_at = time.monotonic()
         try:
             rows = self._database.run("revocations")
-            self._jtis = frozenset(value for kind, value, _ in rows if kind == "jti")
-            self._subs = {value: at for kind, value, at in rows if kind == "sub"}
-            self._read_at = asked_at
-        except DatabaseUnavailable as error:
+        except Exception as error:
+            self._failed = True
             log.warning("revocations can't be read; those known still count", error=str(error))
-        except Exception:
-            log.exception("revocations can't be read; those known still count")
-        finally:
-            self._reading = None
+            return
+        self._jtis = frozenset(value for kind, value, _ in rows if kind == "jti")
+        self._subs = {value: at for kind, value, at in rows if kind == "sub"}
+        self._read_at, self._failed = asked_at, False
 
 
 def revoke(database: Database, *, jti: str | None = None, sub: str | None = None) -> None:

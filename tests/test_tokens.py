@@ -167,6 +167,27 @@ def test_a_forged_token_is_refused_in_words_of_ours(token: str) -> None:
     assert refusal.value.__cause__ is None and (refusal.value.__suppress_context__ or refusal.value.__context__ is None)
 
 
+def test_a_token_that_was_believed_is_verified_again_once_it_may_have_expired(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, now, verified = Tokens(installation()), time.time(), Counter[str]()
+    token, real = signed(payload(exp=now + 60)), here._verified
+    monkeypatch.setattr(here, "_verified", lambda token: [verified.update([token]), real(token)][1])
+    for later, times in ((0, 1), (0, 1), (89, 1), (91, 2)):
+        monkeypatch.setattr(time, "time", lambda later=later: now + later)
+        assert here.read(token).sub == "billing" and verified[token] == times
+
+
+def test_what_was_believed_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "REMEMBERED", 10)
+    here = Tokens(installation())
+    for number in range(35):
+        assert here.read(signed(payload(jti=f"{number}"))).jti == f"{number}"
+        assert len(here._believed) <= 10
+    for token in ("a.b.c", signed(payload(), secret=OTHER)):
+        with pytest.raises(InvalidToken):
+            here.read(token)
+        assert token not in here._believed
+
+
 def test_a_header_that_names_another_key_changes_nothing() -> None:
     assert ISSUED_HERE.read(signed(payload(), {"alg": "HS256", "kid": "../../etc/passwd", "jku": "http://127.0.0.1:1"})).sub == "billing"
 
@@ -235,7 +256,9 @@ def test_a_process_that_was_idle_waits_for_the_list_and_one_that_is_busy_does_no
     assert asked == ["revocations"]
     tokens.revoke(database, jti="a")
     known._read_at = known._tried_at = time.monotonic() - 3600
-    assert known.cover(claims(jti="a"))
+    # Who finds another at it waits as well.
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(known.cover, [claims(jti="a")] * 8))
 
 
 def test_while_the_database_is_away_what_was_known_counts_on_and_nobody_waits(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,10 +273,11 @@ def test_while_the_database_is_away_what_was_known_counts_on_and_nobody_waits(da
 
     monkeypatch.setattr(database, "run", away)
     known._read_at = known._tried_at = time.monotonic() - 3600
+    assert known.cover(claims(jti="a")) and not known.cover(claims(jti="b"))
+    release.set()
+    eventually(lambda: known._failed)
     for _ in range(100):
         assert known.cover(claims(jti="a")) and not known.cover(claims(jti="b"))
-    release.set()
-    eventually(lambda: known._reading is None)
     fresh = Revocations(database)
     with pytest.raises(DatabaseUnavailable, match="revoked can't be read"):
         fresh.cover(claims(jti="b"))
