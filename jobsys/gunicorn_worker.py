@@ -32,6 +32,8 @@ from gunicorn import util
 from gunicorn.http import wsgi
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
+from jobsys.api.envelope import HEADERS, UNLESS_SET
+
 PATIENCE, HURRY = 4.0, 1.5
 """Seconds a request may take to arrive while other threads are free, and while none is…"""
 PACE = 20_000
@@ -460,8 +462,14 @@ def _write_problem(client: socket.socket, status: int, reason: str, message: str
     said = message.partition("'")[0].rstrip(" :")  # what it quotes may be a header with a password
     document = {"type": "about:blank", "title": reason, "status": status, "detail": said or reason}
     data = json.dumps(document).encode()
-    head = f"HTTP/1.1 {status} {reason}\r\nConnection: close\r\nContent-Type: application/problem+json\r\nContent-Length: {len(data)}"
-    util.write_nonblock(client, f"{head}\r\n\r\n".encode("latin-1") + data)
+    own = {
+        "Connection": "close",
+        "Content-Type": "application/problem+json",
+        "Content-Length": len(data),
+        "X-Request-ID": os.urandom(8).hex(),
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in {**own, **HEADERS, **UNLESS_SET}.items())
+    util.write_nonblock(client, f"HTTP/1.1 {status} {reason}\r\n{head}\r\n".encode("latin-1") + data)
 
 
 util.write_error = _write_problem

@@ -108,6 +108,8 @@ def test_requests_the_server_refuses_are_refused_in_the_shape_of_all_others(web:
         answered, headers, body = exchange(web, *pieces)
         assert (answered, headers["content-type"]) == (status, "application/problem+json"), (pieces[0], body)
         assert json.loads(body)["status"] == status
+        assert headers["x-request-id"] and headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert "default-src 'none'" in headers["content-security-policy"] and headers["cache-control"] == "no-store"
     assert exchange(web, POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n")[0] == 202
     assert "Traceback" not in web.output
 

@@ -15,6 +15,15 @@ from jobsys.measurements import Recorder
 log = logs.get("jobsys.http")
 
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # Not "no-referrer": with it browsers send "Origin: null" with the forms of our own pages, and those are refused then.
+    "Referrer-Policy": "same-origin",
+}
+"""What every answer has, the server's own included."""
+UNLESS_SET = {"Cache-Control": "no-store", "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
+"""What every answer has that doesn't say otherwise."""
 
 
 class Envelope:
@@ -38,14 +47,11 @@ class Envelope:
         if not hasattr(req.context, "id"):  # Falcon refuses some methods before any middleware
             self.process_request(req, resp)
         resp.set_header("X-Request-ID", req.context.id)
-        resp.set_header("X-Content-Type-Options", "nosniff")
-        resp.set_header("X-Frame-Options", "DENY")
-        # Not "no-referrer": with it browsers send "Origin: null" with the forms of our own pages, and those are refused then.
-        resp.set_header("Referrer-Policy", "same-origin")
-        if resp.get_header("Cache-Control") is None:
-            resp.set_header("Cache-Control", "no-store")
-        if resp.get_header("Content-Security-Policy") is None:
-            resp.set_header("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+        for name, value in HEADERS.items():
+            resp.set_header(name, value)
+        for name, value in UNLESS_SET.items():
+            if resp.get_header(name) is None:
+                resp.set_header(name, value)
         if req.scheme == "https":
             resp.set_header("Strict-Transport-Security", "max-age=31536000")
         if req.context.postponed:
@@ -63,7 +69,7 @@ class Envelope:
     def _measure(self, req: falcon.Request, status: int, seconds: float) -> None:
         """Count the request by its route's template, of which there are only so many, and never by its path."""
         route = req.uri_template or "none"
-        if "wait" in req.params:
+        if "wait" in req.params or req.context.postponed:
             route += "?wait"  # which takes as long as its client likes
         method = req.method if req.method in METHODS else "other"
         self._recorder.measurements.observe("http_request_seconds", (route, method, str(status)), seconds)
