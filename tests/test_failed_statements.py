@@ -45,9 +45,14 @@ TIMES = dict.fromkeys(KINDS, 3 if ALL else 1) | {"data": 1}
 PLANTS = 3
 HERE = Path(__file__).parent
 
-ELSEWHERE = {*db.load_statements("doctor.sql"), "completed", "count_requests", "now", "matching", "count_matching", "take", "statuses"}
+ELSEWHERE = {
+    *db.load_statements("doctor.sql"),
+    *("completed", "count_requests", "now", "matching", "count_matching", "take", "statuses"),
+    *("revocations", "revoke", "came_in_before", "login_wait", "lock_logins", "count_login", "login_succeeded"),
+    *("unfinished_jobs", "stirred_jobs", "timeline"),
+}
 """What `jobsys doctor` asks; a job that calls complete_in twice, and the rate limit, on connections of their own; an operator's verb for
-many."""
+many; the doors; and those who wait for jobs, who are not answered with 503 at once."""
 NEVER_RUN_BY_WORKERS = {
     *(
         "jobs",
@@ -65,7 +70,6 @@ NEVER_RUN_BY_WORKERS = {
     ),
     *("queue_settings", "oldest_due", "counts", "workers", "stream", "drop_waiting", "unfinished", "result"),
     *("measurements", "pools", "waits", "worker_strength", "longest_transaction"),
-    *("revocations", "revoke", "came_in_before", "login_wait", "lock_logins", "count_login", "login_succeeded"),
     *ELSEWHERE,
 }
 """What only the API, the admin UI and clients run. Every other statement is made to fail in a worker, and has to be run there for that."""
@@ -421,7 +425,7 @@ class Web:
         web = start(WEB_PROCESSES=1, JOB_MODULES="failing", FAULTS=faults, PYTHONPATH=f"{CHECKOUT}{os.pathsep}{HERE}")
         self.port = int(web.url.rsplit(":", 1)[1])
 
-    def ask(self, method: str, path: str, body: Any = None, key: str | None = None) -> tuple[int, Any]:
+    def ask(self, method: str, path: str, body: Any = None, key: str | None = None, accept: str = "*/*") -> tuple[int, Any]:
         """The status and the document of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         accepted = "text/plain" if path == "/metrics" else "*/*"
@@ -505,6 +509,7 @@ ASKED = {
     "longest_transaction": ("GET", "/metrics"),
     "workers": ("GET", "/health"),
     "remove": ("DELETE", "/jobs/{id}"),
+    **dict.fromkeys(("measurements", "pools", "waits", "worker_strength", "longest_transaction"), ("GET", "/metrics")),
 }
 """A request that runs the statement."""
 
@@ -517,6 +522,7 @@ def test_a_request_whose_statement_fails_is_answered_with_503_and_the_next_one_i
     for statement, (method, path) in ASKED.items():
         for when, kind in AWAY:
             with web.failing(statement, when, kind):
-                status, _ = web.ask(method, path.format(id=job.id))
+                accept = "*/*" if statement == "counts" else "text/plain, application/json;q=0.5"
+                status, _ = web.ask(method, path.format(id=job.id), accept=accept)
             assert status == 503, (statement, when, kind)
             assert web.ask("GET", "/metrics")[0] == 200
