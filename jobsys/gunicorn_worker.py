@@ -238,13 +238,13 @@ class Idle:
         self._later: dict[int, Exchange] = {}
         """By file descriptor, too. Whoever removes one, with the lock, has it and its connection for himself."""
         self._lock = threading.Lock()
-        self._ready: deque[Exchange] = deque()
+        self._ready: deque[TConn | Exchange] = deque()
         self._bell, self._rope = os.pipe()
         os.set_blocking(self._rope, False)
         self._readable.watch(self._bell)
 
     def __len__(self) -> int:
-        return len(self._connections) + len(self._later)
+        return len(self._connections) + len(self._later) + len(self._ready)
 
     def add(self, connection: TConn) -> None:
         """Wait for its next request."""
@@ -254,6 +254,11 @@ class Idle:
         self._connections[descriptor] = connection
         with contextlib.suppress(OSError):
             self._readable.watch(descriptor)
+
+    def put_behind(self, connection: TConn) -> None:
+        """Its next request is here already; it is served after all others that wait for a thread."""
+        with self._lock:
+            self._make_ready(connection)
 
     def add_exchange(self, exchange: Exchange) -> None:
         """Wait until it goes on. From here on it may be another thread's."""
@@ -288,16 +293,16 @@ class Idle:
                 return connection
             if descriptor == self._bell:
                 os.read(self._bell, 1)
-                exchange = self._ready.popleft()
+                ready = self._ready.popleft()
                 self._readable.watch(self._bell)
-                return exchange
+                return ready
             with self._lock:
                 if (taken := self._later.pop(descriptor, None)) is not None:
                     taken.over = taken.over or gone
                     return taken
 
-    def _make_ready(self, exchange: Exchange) -> None:
-        self._ready.append(exchange)
+    def _make_ready(self, which: TConn | Exchange) -> None:
+        self._ready.append(which)
         os.write(self._rope, b"!")
 
     def take_late(self, moment: float) -> list[TConn]:
@@ -391,11 +396,12 @@ class PatientWorker(ThreadWorker):
             connection = taken.connection if isinstance(taken, Exchange) else taken
             try:
                 keep = self._resume(taken) if isinstance(taken, Exchange) else self.handle(connection)
-                # Of a client that doesn't wait for answers, the next request may have been read along with this one.
-                while keep is True and connection.parser.unreader.buf.getvalue():
-                    keep = self.handle(connection)
                 if isinstance(keep, Exchange):
                     self._wait_with(keep)
+                    continue
+                if keep and connection.parser.unreader.buf.getvalue():
+                    # Of a client that doesn't wait for answers, the next request came along with this one. Others have their turn first.
+                    self.keepalived_conns.put_behind(connection)
                     continue
                 if keep:
                     self.keepalived_conns.add(connection)

@@ -152,6 +152,34 @@ def test_more_connections_than_threads_are_served_in_turn_and_one_may_send_ahead
                     answer += part
 
 
+def test_clients_that_send_ahead_without_end_leave_others_their_turn(web: Running) -> None:
+    question = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    until = time.monotonic() + 4
+
+    def read(client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while client.recv(65536):
+                pass
+
+    def send(client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while time.monotonic() < until:
+                client.sendall(question * 200)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            client = stack.enter_context(contextlib.closing(connect(web)))
+            for work in (send, read):
+                threading.Thread(target=work, args=(client,), daemon=True).start()
+        time.sleep(1)
+        slowest = 0.0
+        while time.monotonic() < until:
+            began = time.monotonic()
+            assert exchange(web, question)[0] == 200
+            slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 2
+
+
 def test_a_large_file_arrives_whole(web: Running, settings: Settings, system: JobSystem) -> None:
     job_id = system.submit("TEST_JOB").id
     settings.output_dir.mkdir()
