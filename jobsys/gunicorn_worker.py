@@ -40,6 +40,8 @@ PACE = 20_000
 """…and the bytes that earn it one second more."""
 LONGEST_SEND = 60.0
 """Seconds one piece of an answer may take to leave."""
+KEPT = 256 * 1024
+"""Bytes of an answer that wait for a client to take them without a thread that waits, too. Of a longer one a thread waits with the rest."""
 LINGER = 0.5
 """Seconds to wait, before closing, for a client that still sends: closing at once would cost it the answer."""
 
@@ -66,6 +68,16 @@ class Exchange:
     def __init__(self, worker: PatientWorker, start_response: Callable[..., Any]) -> None:
         self._worker = worker
         self._start = start_response
+
+    @classmethod
+    def with_rest_of_answer(cls, worker: PatientWorker, connection: TConn, stays: bool) -> Exchange:
+        """What is left of an exchange that is over but for the client, which has not taken all of its answer yet."""
+        exchange = cls(worker, util.write)
+        exchange.ended, exchange._stays = True, stays
+        exchange.connection, exchange.descriptor = connection, connection.sock.fileno()
+        exchange.unsent, exchange.stuck_since = connection.sock.take_unsent(), time.monotonic()
+        worker.count_postponed(1)
+        return exchange
 
     def postpone(self, proceed: Callable[[], None]) -> bool:
         """Answer later. False: there are too many of these already, or the server ends; then answer now."""
@@ -133,6 +145,7 @@ class Exchange:
 
     def flush(self) -> bool:
         """Send what can be sent at once. True: all of it."""
+        self.unsent += self.connection.sock.take_unsent()
         if not self.unsent:
             return True
         self.connection.sock.setblocking(False)
@@ -163,6 +176,35 @@ class PatientSocket(socket.socket):
 
     deadline = math.inf
     late = False
+    unsent = b""
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """Like socket.sendall, but what the client doesn't take at once is kept, as far as it is not much; whoever has this socket then
+        has it sent."""
+        rest = memoryview(data)
+        if not self.unsent:
+            self.setblocking(False)
+            try:
+                rest = rest[self.send(rest, flags) :]
+            except BlockingIOError:
+                pass
+            finally:
+                self.settimeout(LONGEST_SEND)
+        if len(self.unsent) + len(rest) <= KEPT:
+            self.unsent += rest
+        else:
+            super().sendall(self.take_unsent(), flags)
+            super().sendall(rest, flags)
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Like socket.sendfile, after all that was kept."""
+        super().sendall(self.take_unsent())
+        return super().sendfile(file, offset, count)
+
+    def take_unsent(self) -> bytearray:
+        """What was kept, which is the caller's to send now."""
+        unsent, self.unsent = bytearray(self.unsent), b""
+        return unsent
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         """Like socket.recv. Raises TimeoutError at the deadline, with an errno that gunicorn passes over in silence."""
@@ -198,6 +240,10 @@ if sys.platform == "linux":
             """Whether its client has gone; and, if asked, whether it takes more."""
             self.watch(descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT | (select.EPOLLOUT if writable else 0))
 
+        def watch_for_room(self, descriptor: int) -> None:
+            """Whether its client takes more; it may have said all it has to say."""
+            self.watch(descriptor, select.EPOLLOUT | select.EPOLLONESHOT)
+
         def next(self) -> tuple[int, bool]:
             """The descriptor, and whether its client has gone, as far as one sees."""
             [(descriptor, events)] = self._epoll.poll(None, 1)
@@ -222,6 +268,10 @@ else:
             if writable:
                 events.append(select.kevent(descriptor, select.KQ_FILTER_WRITE, flags))
             self._kqueue.control(events, 0)
+
+        def watch_for_room(self, descriptor: int) -> None:
+            once = select.kevent(descriptor, select.KQ_FILTER_WRITE, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
+            self._kqueue.control([once], 0)
 
         def next(self) -> tuple[int, bool]:
             [event] = self._kqueue.control([], 1, None)
@@ -267,7 +317,10 @@ class Idle:
                 self._make_ready(exchange)
             else:
                 self._later[exchange.descriptor] = exchange
-                self._readable.watch_for_end(exchange.descriptor, writable=bool(exchange.unsent))
+                if exchange.ended:
+                    self._readable.watch_for_room(exchange.descriptor)
+                else:
+                    self._readable.watch_for_end(exchange.descriptor, writable=bool(exchange.unsent))
 
     def wake(self, exchange: Exchange, *, over: bool = False) -> None:
         """It goes on: now, or once what was sent has left. And `over` is not waited with."""
@@ -279,9 +332,9 @@ class Idle:
                 self._make_ready(exchange)
 
     def end_exchanges(self, stuck_since: float = math.inf) -> None:
-        """It is over for all; or for those that have been stuck since then."""
+        """It is over for all that are not answered yet; or for those that have been stuck since then."""
         for exchange in list(self._later.values()):
-            if stuck_since == math.inf or exchange.stuck_since < stuck_since:
+            if exchange.stuck_since < stuck_since if stuck_since < math.inf else not exchange.ended:
                 self.wake(exchange, over=True)
 
     def take(self) -> TConn | Exchange:
@@ -385,10 +438,16 @@ class PatientWorker(ThreadWorker):
             exchange = postponed.exchange
             exchange.connection, exchange.descriptor = conn, conn.sock.fileno()
             return exchange
-        if keep is False and not conn.sock.late:
-            conn.sock.deadline = time.monotonic() + LINGER
-            util.close_graceful(conn.sock, timeout=LINGER)
+        if conn.sock.unsent and conn.sock.fileno() >= 0:
+            return Exchange.with_rest_of_answer(self, conn, bool(keep))
+        if keep is False:
+            self._close_calmly(conn)
         return keep
+
+    def _close_calmly(self, connection: TConn) -> None:
+        if not connection.sock.late:
+            connection.sock.deadline = time.monotonic() + LINGER
+            util.close_graceful(connection.sock, timeout=LINGER)
 
     def _serve(self) -> None:
         while True:
@@ -421,7 +480,7 @@ class PatientWorker(ThreadWorker):
 
     def _wait_with(self, exchange: Exchange) -> None:
         self.keepalived_conns.add_exchange(exchange)
-        if not self.alive:  # perhaps the others had been woken just before
+        if not self.alive and not exchange.ended:  # perhaps the others had been woken just before
             self.keepalived_conns.wake(exchange, over=True)
 
     def _resume(self, exchange: Exchange) -> Any:
@@ -435,6 +494,8 @@ class PatientWorker(ThreadWorker):
                 sent = exchange.flush()
             again = not ((sent and exchange.ended) or exchange.over)
             stays = not again and exchange.stays()
+            if not (again or stays or exchange.over):
+                self._close_calmly(exchange.connection)
         except OSError:  # the client has gone
             if not exchange.ended:
                 exchange.over = True

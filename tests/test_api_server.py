@@ -180,6 +180,32 @@ def test_clients_that_send_ahead_without_end_leave_others_their_turn(web: Runnin
     assert slowest < 2
 
 
+def test_clients_that_do_not_take_their_answers_hold_no_thread(web: Running, system: JobSystem) -> None:
+    job_id = system.submit("TEST_JOB", {"text": "x" * 200_000}).id
+    question = f"GET /jobs/{job_id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(8):
+            client = stack.enter_context(contextlib.closing(socket.socket()))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(20)
+            client.connect(("127.0.0.1", urlsplit(web.url).port or 0))
+            client.sendall(question * 40)
+            clients.append(client)
+        time.sleep(2)
+        began = time.monotonic()
+        assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+        assert time.monotonic() - began < 2
+        # Whoever reads after all gets each answer whole, and may half-close before.
+        clients[0].shutdown(socket.SHUT_WR)
+        with clients[0].makefile("rb") as answers:
+            for _ in range(40):
+                head = b"".join(iter(answers.readline, b"\r\n"))
+                assert head.startswith(b"HTTP/1.1 200 OK")
+                length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+                assert json.loads(answers.read(length))["payload"] == {"text": "x" * 200_000}
+
+
 def test_a_large_file_arrives_whole(web: Running, settings: Settings, system: JobSystem) -> None:
     job_id = system.submit("TEST_JOB").id
     settings.output_dir.mkdir()
