@@ -172,6 +172,8 @@ def test_data_that_is_no_list_of_objects_is_refused(data: Any) -> None:
 def test_rows_that_share_no_columns_cannot_blow_up_into_gigabytes_of_commas() -> None:
     with pytest.raises(InvalidSubmission, match=r"payload\.data: makes a table of more than 100,000,000 cells"):
         registry.load().find("csv").check({"data": [{f"k{n}": 1} for n in range(10_001)]})
+    with pytest.raises(InvalidSubmission, match=r"payload\.columns: makes a table of more than 100,000,000 cells"):
+        registry.load().find("csv").check({"data": [{}] * 50_000, "columns": [f"k{n}" for n in range(2_001)]})
 
 
 def test_the_file_on_disk_is_named_by_the_job_and_an_earlier_one_is_replaced(output: Path) -> None:

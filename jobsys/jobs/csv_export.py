@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from jobsys import Job, Payload, job
 from jobsys.job_types import encode
@@ -62,6 +62,13 @@ class CsvExport(Payload):
         if len(rows) * len(_columns(rows)) > MAX_CELLS:
             raise ValueError(f"makes a table of more than {MAX_CELLS:,} cells: its rows have too few columns in common")
         return rows
+
+    @field_validator("columns")
+    @classmethod
+    def _bounded_too(cls, columns: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if columns is not None and len(info.data.get("data", ())) * len(columns) > MAX_CELLS:
+            raise ValueError(f"makes a table of more than {MAX_CELLS:,} cells")
+        return columns
 
     @field_validator("columns")
     @classmethod
