@@ -21,8 +21,9 @@ TIME = 1.5
 """Seconds after which no further part is begun."""
 LONGEST_PART = 3.0
 """Seconds for one part; more than one takes unless the machine is in trouble."""
-FIRST_PART = 10_000
-"""Jobs. A part that took less than a fifth of a second is followed by one twice as large."""
+FIRST_PART, FIRST_ROWS = 10_000, 8
+"""Jobs that are looked through, and those of them that are read, large as they may be. What took less than a fifth of a second is followed
+by twice as much."""
 
 
 class Condition(NamedTuple):
@@ -39,20 +40,23 @@ def search(database: db.Database, where: Condition, *, limit: int, cursor: str |
         found = _read(database, where, limit, _part(cursor), HASTE)
         return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
     except DatabaseUnavailable as error:
-        if where.text == "true" or not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
+        if not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
             raise
-    found, size, deadline = [], FIRST_PART, time.monotonic() + TIME
+    found, size, rows, deadline = [], FIRST_PART, FIRST_ROWS, time.monotonic() + TIME
     while True:
         began = time.monotonic()
         [(end,)] = database.run("end_of_part", before=cursor, size=size)
-        found += _read(database, where, limit - len(found), _part(cursor, end), LONGEST_PART)
-        if len(found) > limit or end is None:
-            return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
-        cursor = end
+        wanted = min(rows, limit - len(found))
+        read = _read(database, where, wanted, _part(cursor, end), LONGEST_PART)
+        found += read[:wanted]
+        full = len(found) == limit and len(read) > wanted
+        if full or (end is None and len(read) <= wanted):
+            return found, found[-1][0] if full else None, False
+        cursor = end if len(read) <= wanted else read[wanted - 1][0]
         if time.monotonic() > deadline:
             return found, cursor, True
         if time.monotonic() - began < 0.2:
-            size *= 2
+            size, rows = size * 2, rows * 2
 
 
 def _read(database: db.Database, where: Condition, limit: int, part: Condition, seconds: float) -> list[db.Row]:

@@ -68,6 +68,26 @@ def test_pages_are_full_where_the_time_permits(many: str, system: JobSystem) -> 
     assert sorted(found) == list(range(RARE, 20001, RARE)) and short == []
 
 
+def test_jobs_that_are_too_large_to_be_read_in_haste_are_listed_a_few_at_a_time(many: str, hasty: None, system: JobSystem) -> None:
+    execute(
+        many,
+        """
+        with large as materialized (select jsonb_agg('[]'::jsonb) as lists from generate_series(1, 50000))
+        insert into jobs (type, queue, payload) select 'LARGE', 'default', jsonb_build_object('n', n, 'lists', lists)
+        from large, generate_series(20001, 20040) n
+        """,
+    )
+    expected = [n for (n,) in execute(many, "select (payload ->> 'n')::integer from jobs order by id desc limit 40")]
+    found: list[int] = []
+    cursor = None
+    while len(found) < 40:
+        page = system.jobs(limit=15, cursor=cursor)
+        assert page.cut_short and 1 <= len(page.jobs) < 15
+        found += [job.payload["n"] for job in page.jobs]
+        cursor = page.next_cursor
+    assert found == expected
+
+
 def test_what_is_given_up_is_given_up_in_the_database_too(many: str, system: JobSystem) -> None:
     with pytest.raises(DatabaseUnavailable) as caught:
         search._read(system.database, search.Condition("pg_sleep(1) is not null", {}), 5, search.Condition("true", {}), 0.01)
