@@ -29,6 +29,7 @@ worker_connections = 2000  # half of them may wait for jobs
 keepalive = 65  # longer than a proxy in front keeps its connections, so that it is never answered with a reset
 graceful_timeout = math.ceil(_settings.shutdown_grace) or 1
 control_socket_disable = True
+forwarder_headers = ""  # nobody's SCRIPT_NAME moves the paths, not even a neighbour's: a proxy's rules for them must hold
 logger_class = logs.gunicorn_logger_class()
 accesslog = None  # the application's own line says more
 proc_name = "jobsys web"

@@ -114,6 +114,14 @@ def test_requests_the_server_refuses_are_refused_in_the_shape_of_all_others(web:
     assert "Traceback" not in web.output
 
 
+def test_no_header_moves_a_path(web: Running) -> None:
+    # A proxy on this machine that shuts a path must not be told another one.
+    hidden = b"GET /elsewhere/health/live HTTP/1.1\r\nHost: localhost\r\nSCRIPT_NAME: /elsewhere\r\n\r\n"
+    assert exchange(web, hidden)[0] == 404
+    for name in (b"SCRIPT_NAME", b"PATH_INFO", b"SCRIPT-NAME", b"PATH-INFO"):
+        assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n" + name + b": /elsewhere\r\n\r\n")[0] == 200
+
+
 def test_a_connection_serves_one_request_after_the_other(web: Running) -> None:
     with connection(web) as client:
         answer, body = ask(client, "POST", "/jobs", {})
