@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from jobsys import __version__, trail
+from jobsys import __version__, logs, trail
 from jobsys.errors import JobStopped, SettingsError
 from jobsys.outcomes import described
 from jobsys.running import RunningJob
@@ -22,6 +22,7 @@ PATIENCE = 2.0
 """Seconds that the end of a process waits for the last spans to be sent."""
 EXPORT_TIMEOUT = 5.0
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+log = logs.get(__name__)
 
 active: Tracing | None = None
 """What makes the spans of this process, if it makes any."""
@@ -160,8 +161,15 @@ class Tracing:
     def _start(self, name: str, kind: Any, attributes: dict[str, Any], parent: Any = None) -> Any:
         if self._tracer is None:
             with self._lock:
-                self._tracer = self._tracer or self._begin().get_tracer("jobsys", __version__)
+                self._tracer = self._tracer or self._make_tracer()
         return self._tracer.start_span(name, context=parent, kind=kind, attributes=attributes)
+
+    def _make_tracer(self) -> Any:
+        try:
+            return self._begin().get_tracer("jobsys", __version__)
+        except Exception:  # what else OTEL_… says may make no sense: that is no reason to fail a request or a job
+            log.exception("OpenTelemetry can't be set up; this process makes no traces")
+            return self._trace.NoOpTracer()
 
     def _begin(self) -> Any:
         there = self._trace.get_tracer_provider()

@@ -147,6 +147,16 @@ def test_a_collector_that_is_away_hurts_nobody(
     assert worker.stop(timeout=10) == 0 and web.stop(timeout=10) == 0
 
 
+def test_settings_of_opentelemetry_that_make_no_sense_fail_no_request_and_no_job(
+    collector: Collector, start_web: Callable[..., Running], start_worker: Callable[..., Running], system: Any
+) -> None:
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "4096"}  # more than the queue holds
+    web, worker = start_web(**env), start_worker(**env)
+    answer, _ = post(f"{web.url}/jobs", {})
+    assert system.wait(answer["jobId"], 10).status == "COMPLETED" and system.failures(answer["jobId"]) == []
+    assert "this process makes no traces" in web.output and "this process makes no traces" in worker.output
+
+
 WITHOUT = """
 import sys
 class Missing:
