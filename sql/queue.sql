@@ -412,9 +412,14 @@ select (select max(id::text) from page), (select count(*) from page), (select co
 delete from revocations where at < clock_timestamp() - interval '367 days';
 
 -- name: prune_logins
+-- Whoever tries a password has several of these locked: that one is neither waited for, nor made to wait.
 delete from logins
-where coalesce(right_at, '-infinity') < clock_timestamp() - interval '30 days'
-    and not exists (select from unnest(wrong_at) as at where at > clock_timestamp() - interval '1 minute');
+where key = any(array(
+    select key from logins
+    where coalesce(right_at, '-infinity') < clock_timestamp() - interval '30 days'
+        and not exists (select from unnest(wrong_at) as at where at > clock_timestamp() - interval '1 minute')
+    for update skip locked
+));
 
 -- name: sum_tallies
 -- What the log holds moves into the sums. Two at once share the log between them; a reader sees both or neither.

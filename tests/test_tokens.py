@@ -16,12 +16,13 @@ from typing import Any
 
 import argon2
 import jwt
+import psycopg2
 import pytest
 from conftest import environment, eventually, execute
 from test_cli import Said, jobsys  # noqa: F401
 
 from jobsys import passwords, tokens
-from jobsys.db import Database
+from jobsys.db import Database, run
 from jobsys.errors import DatabaseUnavailable, InvalidToken, SettingsError, TooManyTries
 from jobsys.passwords import Passwords, User
 from jobsys.settings import Settings
@@ -304,6 +305,15 @@ def test_revocations_are_forgotten_when_no_token_can_be_left(database: Database,
     database.run("prune_logins")
     assert execute(database_url, "select value from revocations") == [("366",)]
     assert execute(database_url, "select key from logins order by key") == [("right",), ("wrong",)]
+
+
+def test_forgetting_waits_for_nobody_who_tries_a_password(database: Database, database_url: str) -> None:
+    execute(database_url, "insert into logins (key) values ('trying'), ('long ago')")
+    with database.transaction() as connection:
+        run(connection, "lock_logins", keys=["trying"])
+        with contextlib.closing(psycopg2.connect(database_url, options="-c lock_timeout=2s")) as other, other:
+            run(other, "prune_logins")
+    assert execute(database_url, "select key from logins") == [("trying",)]
 
 
 # Passwords
