@@ -34,8 +34,9 @@ def create_app(settings: Settings | None = None, system: JobSystem | None = None
         access,
         RateLimit(settings, system.database.url),
     ]
-    app = falcon.App(middleware=middleware, router=Router())
+    router = Router()
+    app = falcon.App(middleware=middleware, router=router)
     app.req_options.strip_url_path_trailing_slash = True
-    api.add_to(app, system, access)
+    api.add_to(app, router, system, access)
     admin_ui.add_to(app, system)
     return app

@@ -374,3 +374,22 @@ def samples(text: str) -> dict[str, float]:
     """The samples of an exposition by name and labels, as they are written there."""
     lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
     return {series: float(value) for series, _, value in lines}
+
+
+@pytest.fixture
+def browser(chromium: str, tmp_path: Path) -> Iterator[Any]:
+    """Chromium, driven by its own driver."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser, and it is not installed")
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        reason = "there is no chromedriver on this machine (apt-get install chromium-driver), and it drives the browser"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+    for argument in [*quiet.split(), f"user-data-dir={tmp_path / 'chromium'}"]:
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -731,25 +728,6 @@ def test_durations_are_said_in_at_most_two_units(seconds: float, said: str) -> N
 
 
 # In a browser
-
-
-@pytest.fixture
-def browser(chromium: str, tmp_path: Path) -> Iterator[Any]:
-    """Chromium, driven by its own driver."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser, and it is not installed")
-    driver = shutil.which("chromedriver")
-    if driver is None:
-        reason = "there is no chromedriver on this machine (apt-get install chromium-driver), and it drives the browser"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
-    for argument in [*quiet.split(), f"user-data-dir={tmp_path / 'chromium'}"]:
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
 
 
 @pytest.mark.browser

@@ -50,6 +50,9 @@ ROUTES = [
     ("/health", "GET, HEAD, OPTIONS"),
     ("/health/live", "GET, HEAD, OPTIONS"),
     ("/metrics", "GET, HEAD, OPTIONS"),
+    ("/openapi.json", "GET, HEAD, OPTIONS"),
+    ("/docs", "GET, HEAD, OPTIONS"),
+    ("/docs/x", "GET, HEAD, OPTIONS"),
 ]
 
 

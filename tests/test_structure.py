@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"chores", "heart", "lookout", "presence"},
     {"broker"},
     {"system", "timeline"},
+    {"openapi"},
     {"api", "admin_ui"},
     {"app", "worker", "gunicorn_conf", "gunicorn_worker"},
     {"dev", "arguments", "terminal", "smoke", "chaos", "doctor", "cli"},

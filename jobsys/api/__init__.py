@@ -1,7 +1,8 @@
 """The HTTP API: Falcon resources over one JobSystem, a module per family. `add_to` registers every route of the contract.
 
 Falcon routes, `body` reads JSON strictly, `wire` and `filters` translate words, `problem` makes every error one shape, `envelope`
-gives every exchange its id and headers, `access` guards every route, `cors` lets other sites' pages in.
+gives every exchange its id and headers, `access` guards every route, `cors` lets other sites' pages in. What stands in `@describe` above
+a responder is what `/openapi.json` says of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import falcon
 from jobsys.api import problem
 from jobsys.api.access import Access
 from jobsys.api.admin import AdminJob, AdminJobs, AdminQueue
+from jobsys.api.description import Description
+from jobsys.api.envelope import Router
 from jobsys.api.ingestion import Ingestion
 from jobsys.api.jobs import Job, Jobs
 from jobsys.api.login import Login
@@ -19,8 +22,8 @@ from jobsys.api.operations import Health
 from jobsys.system import JobSystem
 
 
-def add_to(app: falcon.App, system: JobSystem, access: Access) -> None:
-    """Register the API on `app`. Routes that older clients know by another path are the same resources."""
+def add_to(app: falcon.App, router: Router, system: JobSystem, access: Access) -> None:
+    """Register the API on `app`, whose router is `router`. Routes that older clients know by another path are the same resources."""
     problem.add_to(app)
     jobs, job = Jobs(system), Job(system)
     for prefix in ("", "/api"):
@@ -53,3 +56,8 @@ def add_to(app: falcon.App, system: JobSystem, access: Access) -> None:
     app.add_route("/health", health)
     app.add_route("/health/live", health, suffix="live")
     app.add_route("/metrics", Metrics(system))
+
+    description = Description(system, router, access)
+    app.add_route("/openapi.json", description)
+    app.add_route("/docs", description, suffix="page")
+    app.add_route("/docs/{file}", description, suffix="file")

@@ -22,7 +22,7 @@ from jobsys.db import Database
 from jobsys.errors import InvalidToken, SettingsError
 from jobsys.passwords import Passwords, users
 from jobsys.settings import Settings, is_loopback
-from jobsys.tokens import Revocations, Tokens
+from jobsys.tokens import SCOPES, Revocations, Tokens
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 OPEN = ("health", "docs")
@@ -81,7 +81,7 @@ class Access:
         scope = needed(req.method, req.path, metrics_public=self._metrics_public)
         if scope is None:
             return
-        for_passwords = scope == "admin" and bool(self.passwords.users)
+        for_passwords = self._takes_passwords(scope)
         if self.tokens is None and not for_passwords:
             self._check_host(req.get_header("Host"))
             req.context.user = "admin" if scope == "admin" else None
@@ -100,9 +100,37 @@ class Access:
         refuse(req, resp)
         resp.complete = True
 
+    def describe(self, method: str, path: str) -> tuple[list[dict[str, list[str]]], set[int]]:
+        """What opens the door to a request, as OpenAPI says it: one of these; nothing where it stands open. And what it may be refused
+        with."""
+        scope = needed(method, path, metrics_public=self._metrics_public)
+        if scope is None:
+            return [], set()
+        ways: list[dict[str, list[str]]] = [{"basic": []}] if self._takes_passwords(scope) else []
+        errors = {401, 403, 429, 503} if ways else {403}
+        if self.tokens is not None:
+            ways.append({"bearer": [scope]})
+            errors |= {400, 401, 503}
+        return ways, errors
+
+    @property
+    def schemes(self) -> dict[str, Any]:
+        """The meaning of the names in what `describe` says."""
+        schemes: dict[str, Any] = {}
+        if self._takes_passwords("admin"):
+            about = "A user's name and password. Wrong ones are counted; who has had too many is 429. VIEWER_USER may only look."
+            schemes["basic"] = {"type": "http", "scheme": "basic", "description": about}
+        if self.tokens is not None:
+            about = f"A token of `POST /api/login` or `jobsys token`. Scopes: {', '.join(SCOPES)}; admin is good for all."
+            schemes["bearer"] = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": about}
+        return schemes
+
     def verify(self, req: falcon.Request, name: bytes, password: bytes) -> Any:
         """Whose name and password these are; None when nobody's. Raises TooManyTries."""
         return self.passwords.verify(name, password, address(req, self._settings))
+
+    def _takes_passwords(self, scope: str) -> bool:
+        return scope == "admin" and bool(self.passwords.users)
 
     def _take_credentials(self, req: falcon.Request, scope: str, for_passwords: bool) -> bool:
         """Whether it was a token that opened the door. Raises Problem when it stays shut."""

@@ -11,6 +11,7 @@ from falcon.routing import CompiledRouter
 
 from jobsys import logs, trail
 from jobsys.measurements import Recorder
+from jobsys.openapi import Parameter
 
 log = logs.get("jobsys.http")
 
@@ -24,6 +25,12 @@ HEADERS = {
 """What every answer has, the server's own included."""
 UNLESS_SET = {"Cache-Control": "no-store", "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
 """What every answer has that doesn't say otherwise."""
+REQUEST_ID = Parameter(
+    "X-Request-ID",
+    {"type": "string"},
+    "The request's id, by which the log knows it. The caller's own is taken when it is 1 to 128 letters, digits and `_.:/+=@-`.",
+    where="header",
+)
 
 
 class Envelope:
@@ -77,7 +84,20 @@ class Envelope:
 
 
 class Router(CompiledRouter):
-    """Falcon's router, for which HEAD is possible wherever GET is, and an unheard-of method is 405 like any other that isn't."""
+    """Falcon's router, for which HEAD is possible wherever GET is, and an unheard-of method is 405 like any other that isn't.
+
+    `responders` are those of every route, by its template and by method, HEAD left out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.responders: dict[str, dict[str, Any]] = {}
+
+    def add_route(self, uri_template: str, resource: object, **kwargs: Any) -> None:
+        """Falcon's, and note it."""
+        super().add_route(uri_template, resource, **kwargs)
+        found = super().map_http_methods(resource, suffix=kwargs.get("suffix"))
+        self.responders[uri_template] = {method: responder for method, responder in found.items() if method != "HEAD"}
 
     def find(self, uri: str, req: Any = None) -> Any:
         """Falcon's, but `//jobs` is not `/jobs`: a proxy's rules for a path must not be evaded by writing it otherwise."""

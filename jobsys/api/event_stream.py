@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import falcon
@@ -143,6 +143,6 @@ def _held(stream: Stream) -> Iterator[bytes]:
                 time.sleep(POLL)
 
 
-def _frame(place: Place | None, data: dict[str, Any], name: str | None = None) -> str:
+def _frame(place: Place | None, data: Mapping[str, Any], name: str | None = None) -> str:
     lines = [f"id: {place}" if place else "", f"event: {name}" if name else "", f"data: {json.dumps(data)}"]
     return "\n".join(line for line in lines if line) + "\n\n"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import falcon
+from typing_extensions import TypedDict
 
 from jobsys.api import wire
 from jobsys.api.problem import Problem
 from jobsys.errors import InvalidSubmission
 from jobsys.job_types import priority_name, priority_number
+from jobsys.openapi import NO_NUL, PRIORITY, Parameter, Schema, any_case
 from jobsys.system import JobSystem, Page
 
 LARGEST_PAGE = 500
@@ -19,15 +21,21 @@ LONGEST_WAIT = 30.0
 """Seconds."""
 
 
-def page(system: JobSystem, req: falcon.Request, status: str | None = None) -> dict[str, Any]:
+class JobPage(TypedDict):
+    """Some jobs, newest first, and the cursor that continues the list; null at its end."""
+
+    jobs: list[wire.JobObject]
+    nextCursor: wire.Id | None
+
+
+def page(system: JobSystem, req: falcon.Request, status: str | None = None) -> JobPage:
     """The page of the job list that `req` asks for, as JSON; with `status` given, of that status and no other."""
-    asked = parameters(req, (*_FILTERS, *(() if status else ("status",))))
+    asked = parameters(req, [name for name in _FILTERS if not (status and name == "status")])
     wanted: dict[str, Any] = {"status": status} if status else {}
     errors = []
     for name, text in asked.items():
-        argument, convert = _FILTERS.get(name) or ("status", _statuses)
         try:
-            wanted[argument] = convert(text)
+            wanted[_FILTERS[name].argument] = _FILTERS[name].convert(text)
         except ValueError as error:
             errors.append({"loc": [name], "msg": str(error)})
     if errors:
@@ -41,11 +49,10 @@ def page(system: JobSystem, req: falcon.Request, status: str | None = None) -> d
 
 def chosen(document: dict[str, Any]) -> dict[str, Any]:
     """The filters of `JobSystem.act_on_many` from the same words in a body; `status` may be a list. Raises InvalidSubmission."""
-    known = ("status", *(name for name in _FILTERS if name not in ("limit", "cursor")))
+    known = [name for name in _FILTERS if name not in ("limit", "cursor")]
     wanted: dict[str, Any] = {}
     errors = []
     for name, value in document.items():
-        argument, convert = _FILTERS.get(name) or ("status", _statuses)
         try:
             if name not in known:
                 raise ValueError(f"is not a filter here; known are {', '.join(known)}")
@@ -53,7 +60,7 @@ def chosen(document: dict[str, Any]) -> dict[str, Any]:
                 value = ",".join(value)
             if not isinstance(value, str) or not value:
                 raise ValueError("must be a text, and not an empty one")
-            wanted[argument] = convert(value)
+            wanted[_FILTERS[name].argument] = _FILTERS[name].convert(value)
         except ValueError as error:
             errors.append({"loc": ["filter", name], "msg": str(error)})
     if errors:
@@ -108,14 +115,49 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-_FILTERS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "type": ("type", str),
-    "priority": ("priority", _priority),
-    "queue": ("queue", str),
-    "groupId": ("group_id", str),
-    "q": ("q", str),
-    "createdAfter": ("created_after", wire.moment),
-    "createdBefore": ("created_before", wire.moment),
-    "limit": ("limit", _limit),
-    "cursor": ("cursor", str),
+class _Filter(NamedTuple):
+    argument: str
+    convert: Callable[[str], Any]
+    schema: Schema
+    text: str
+
+
+_STATUS = "|".join(wire.STATUS_NAMES)
+_STATUSES: Schema = {"type": "string", "pattern": f"^(?i:({_STATUS})(,({_STATUS}))*)$", "examples": ["PENDING", "FAILED,DEAD"]}
+_TEXT: Schema = {"type": "string", "pattern": NO_NUL, "minLength": 1}
+_TIME: Schema = {"type": "string", "format": "date-time"}
+_LIMIT: Schema = {"type": "integer", "minimum": 1, "maximum": LARGEST_PAGE, "default": 50}
+_CURSOR: Schema = {"type": "string", "pattern": "^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"}
+_FILTERS = {
+    "status": _Filter("status", _statuses, _STATUSES, "Only jobs of this status, or of these, separated by commas."),
+    "type": _Filter("type", str, _TEXT, "Only jobs of this type."),
+    "priority": _Filter("priority", _priority, PRIORITY, "Only jobs of this priority."),
+    "queue": _Filter("queue", str, _TEXT, "Only jobs of this queue."),
+    "groupId": _Filter("group_id", str, _TEXT, "Only jobs of this group, such as the batches of an ingestion."),
+    "q": _Filter("q", str, _TEXT, "Only jobs with this text in type, payload or error, or with this id."),
+    "createdAfter": _Filter("created_after", wire.moment, _TIME, "Only jobs created at this time or later."),
+    "createdBefore": _Filter("created_before", wire.moment, _TIME, "Only jobs created before this time."),
+    "limit": _Filter("limit", _limit, _LIMIT, "So many at most."),
+    "cursor": _Filter("cursor", str, _CURSOR, "The nextCursor of the page before."),
 }
+# In a query string, what is empty is as if it weren't there.
+_EMPTY: Schema = {"type": "string", "maxLength": 0}
+ANY_STATUS = tuple(Parameter(name, {"anyOf": [each.schema, _EMPTY]}, each.text) for name, each in _FILTERS.items())
+"""The parameters of a list of jobs…"""
+ONE_STATUS = tuple(each for each in ANY_STATUS if each.name != "status")
+"""…and those of a list of jobs that are all of one status."""
+WAIT = Parameter(
+    "wait",
+    {"anyOf": [{"type": "number", "minimum": 0, "maximum": LONGEST_WAIT}, _EMPTY]},
+    "Answer as soon as the job is finished, at the latest after so many seconds.",
+)
+
+
+def in_body(statuses: Collection[str]) -> Schema:
+    """The shape of the same words in a body, for what can be done to jobs of these statuses only."""
+    words = [name for name in wire.STATUS_NAMES if wire.status(name) in statuses]
+    some = {"type": "string", "pattern": f"^(?i:({'|'.join(words)})(,({'|'.join(words)}))*)$"}
+    many = {"type": "array", "items": {"type": "string", "pattern": any_case(*words)}, "minItems": 1}
+    shapes = {name: each.schema for name, each in _FILTERS.items() if name not in ("limit", "cursor")} | {"status": {"anyOf": [some, many]}}
+    described = {name: {**shape, "description": _FILTERS[name].text} for name, shape in shapes.items()}
+    return {"type": "object", "properties": described, "minProperties": 1, "additionalProperties": False}

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from typing import Any
+from typing import Annotated, Any
 
 import falcon
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
 
 from jobsys.api import body, wire
 from jobsys.api.problem import Problem
 from jobsys.errors import InvalidSubmission
 from jobsys.job_types import priority_name
+from jobsys.openapi import Answer, any_case, describe
 from jobsys.system import JobRecord, JobSystem, Submission
 
 BATCH = "INGEST_BATCH"
@@ -26,12 +29,74 @@ _PRIORITIES = ("HIGH", "MEDIUM", "LOW")
 _ERRORS_NAMED = 20
 
 
+class IngestionRequest(TypedDict):
+    """The ids to take in, in this order."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    ids: Annotated[list[Annotated[int, Field(ge=1, le=LARGEST_ID)]], Field(min_length=1, max_length=MOST_IDS)]
+    priority: NotRequired[
+        Annotated[str, Field(pattern=any_case(*_PRIORITIES), examples=[*_PRIORITIES], description="MEDIUM unless given.")]
+    ]
+
+
+class IngestionMade(TypedDict):
+    ingestion_id: wire.Id
+    total_batches: wire.Count
+    total_ids: wire.Count
+
+
+class IngestionCreated(TypedDict):
+    """All ids were taken, as batches that are each a job."""
+
+    success: Annotated[bool, Field(json_schema_extra={"const": True})]
+    message: str
+    data: IngestionMade
+
+
+BatchStatus = Annotated[str, Field(json_schema_extra={"enum": ["yet_to_start", "triggered", "completed", "failed"]})]
+
+
+class IngestionBatch(TypedDict):
+    batch_id: str
+    status: BatchStatus
+    priority: str
+    ids: list[int]
+    created_at: wire.Timestamp
+    updated_at: wire.Timestamp
+
+
+class IngestionState(TypedDict):
+    ingestion_id: wire.Id
+    overall_status: BatchStatus
+    total_batches: wire.Count
+    status_counts: Annotated[
+        dict[str, wire.Count], Field(description="How many batches are in which status; failed only where there are any.")
+    ]
+    batches: list[IngestionBatch]
+
+
+class IngestionStatus(TypedDict):
+    """How far an ingestion is, batch by batch."""
+
+    success: Annotated[bool, Field(json_schema_extra={"const": True})]
+    data: IngestionState
+
+
+_STATUS_LINK = {"getIngestion": {"ingestion_id": "$response.body#/data/ingestion_id"}}
+
+
 class Ingestion:
     """`/api/ingest` and `/api/status/{ingestion_id}`."""
 
     def __init__(self, system: JobSystem) -> None:
         self._system = system
 
+    @describe(
+        "createIngestion",
+        {201: Answer("The ingestion is created.", IngestionCreated, links=_STATUS_LINK)},
+        body=IngestionRequest,
+    )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Take the ids in: all of them, in one transaction, or none."""
         ids, priority = _checked(body.read_object(req, limit=_BODY_LIMITS * self._system.settings.max_body))
@@ -43,12 +108,14 @@ class Ingestion:
         ]
         self._system.submit_many(batches)
         resp.status = falcon.HTTP_201
-        resp.media = {
+        created: IngestionCreated = {
             "success": True,
             "message": "Ingestion created successfully",
             "data": {"ingestion_id": ingestion_id, "total_batches": len(batches), "total_ids": len(ids)},
         }
+        resp.media = created
 
+    @describe("getIngestion", {200: Answer("Its state.", IngestionStatus, links=_STATUS_LINK)})
     def on_get_status(self, req: falcon.Request, resp: falcon.Response, ingestion_id: str) -> None:
         """Say how far an ingestion is, batch by batch."""
         jobs = self._system.group(ingestion_id)
@@ -57,16 +124,17 @@ class Ingestion:
         batches = [_batch(number, job) for number, job in enumerate(jobs, start=1)]
         counts = Counter(batch["status"] for batch in batches)
         named = ("yet_to_start", "triggered", "completed", *(["failed"] if counts["failed"] else []))
-        resp.media = {
+        status: IngestionStatus = {
             "success": True,
             "data": {
-                "ingestion_id": jobs[0].group_id,
+                "ingestion_id": str(jobs[0].group_id),
                 "overall_status": _overall(counts),
                 "total_batches": len(batches),
                 "status_counts": {name: counts[name] for name in named},
                 "batches": batches,
             },
         }
+        resp.media = status
 
 
 def _checked(document: dict[str, Any]) -> tuple[list[int], str]:
@@ -86,7 +154,7 @@ def _checked(document: dict[str, Any]) -> tuple[list[int], str]:
     return ids, priority
 
 
-def _batch(number: int, job: JobRecord) -> dict[str, Any]:
+def _batch(number: int, job: JobRecord) -> IngestionBatch:
     return {
         "batch_id": f"batch-{number}",
         "status": _status(job),

@@ -6,21 +6,83 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import falcon
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from jobsys import trail
 from jobsys.api import body, event_stream, filters, items, waiting, wire
-from jobsys.api.problem import Problem
+from jobsys.api.problem import VARY, Problem
 from jobsys.api.waiting import Waits
 from jobsys.errors import InvalidSubmission
+from jobsys.openapi import NO_CONTROLS, SUBMISSION, Answer, Parameter, Submissions, describe
 from jobsys.submissions import Submitted
 from jobsys.system import JobRecord, JobSystem, Submission
 
 MOST_JOBS = 10_000
 """How many jobs may be submitted at once."""
 ERRORS_NAMED = 50
+
+_NEXT = {
+    name: {"job_id": "$response.body#/jobId"}
+    for name in ("getJob", "removeJob", "cancelJob", "retryJob", "listEvents", "adminRetryJob", "adminBuryJob", "adminCancelJob")
+}
+KEY = Parameter(
+    "Idempotency-Key",
+    {"type": "string", "minLength": 1, "maxLength": 255, "pattern": NO_CONTROLS},
+    "The same key and the same body again answer the first job, and make no other. The same key with another body is 422.",
+    where="header",
+)
+LAST_EVENT_ID = Parameter(
+    "Last-Event-ID", {"type": "string"}, "The id of the event of a stream that was received last: it goes on behind that.", where="header"
+)
+STREAM = {
+    "type": "string",
+    "description": "Server-sent events, each with an id and an entry of the timeline as `data`; the last one is called `end`, and has "
+    "`jobId` and `status`. A stream lasts a few minutes at most: who comes back with `Last-Event-ID` reads on.",
+}
+DISPOSITION = Parameter("Content-Disposition", {"type": "string"}, "The name offered for the file.")
+LOCATION = Parameter("Location", {"type": "string", "format": "uri-reference"}, "Where the job is.")
+REPLAYED = Parameter(
+    "Idempotency-Replayed", {"type": "string", "const": "true"}, "Only there when this is a job that the key had made before."
+)
+
+
+class Accepted(TypedDict):
+    """A job was taken, and is durable."""
+
+    message: str
+    jobId: wire.Id
+    status: wire.Status
+
+
+class AllAccepted(TypedDict):
+    """All jobs were taken, and are durable. Their ids are in the order given."""
+
+    message: str
+    jobIds: list[wire.Id]
+    count: wire.Count
+    replayed: Annotated[int, Field(ge=0, description="How many of them keys had made before.")]
+
+
+class Removing(TypedDict):
+    """A running job was asked to stop."""
+
+    message: str
+    jobId: wire.Id
+
+
+class Timeline(TypedDict):
+    """What happened to a job, oldest first."""
+
+    jobId: wire.Id
+    events: list[wire.JobEvent]
+
+
+JOB = Answer("The job as it is after that.", wire.JobObject, links=_NEXT)
+"""What every verb answers."""
 
 
 class Jobs:
@@ -29,6 +91,12 @@ class Jobs:
     def __init__(self, system: JobSystem) -> None:
         self._system = system
 
+    @describe(
+        "submitJob",
+        {202: Answer("The job is accepted.", Accepted, headers=(LOCATION, REPLAYED), links=_NEXT)},
+        body=SUBMISSION,
+        parameters=[KEY],
+    )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Submit a job; it is durable before the answer is sent."""
         document = body.read_object(req, self._system.settings.max_body)
@@ -41,8 +109,15 @@ class Jobs:
         resp.location = f"/jobs/{job.id}"
         if job.replayed:
             resp.set_header("Idempotency-Replayed", "true")
-        resp.media = {"message": "Job accepted!", "jobId": job.id, "status": job.status}
+        accepted: Accepted = {"message": "Job accepted!", "jobId": job.id, "status": job.status}
+        resp.media = accepted
 
+    @describe(
+        "submitJobs",
+        {202: Answer("All of them are accepted.", AllAccepted, headers=(REPLAYED,))},
+        body=Submissions(MOST_JOBS),
+        parameters=[KEY],
+    )
     def on_post_bulk(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Submit many jobs in one transaction, all or none; they are durable before the answer is sent."""
         jobs = self._described(req)
@@ -51,8 +126,9 @@ class Jobs:
         resp.status = falcon.HTTP_202
         if replayed == len(ids):
             resp.set_header("Idempotency-Replayed", "true")
-        resp.media = {"message": "Jobs accepted!", "jobIds": ids, "count": len(ids), "replayed": replayed}
+        resp.media = AllAccepted(message="Jobs accepted!", jobIds=ids, count=len(ids), replayed=replayed)
 
+    @describe("listJobs", {200: Answer("A page of jobs.", filters.JobPage)}, parameters=filters.ANY_STATUS)
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """List jobs, newest first, a page at a time."""
         resp.media = filters.page(self._system, req)
@@ -93,34 +169,55 @@ class Job:
         self._system = system
         self._waits = Waits(system)
 
+    @describe("getJob", {200: Answer("The job.", wire.JobObject, links=_NEXT)}, parameters=[filters.WAIT])
     def on_get(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """Answer the job as it is; with `?wait=` as soon as it is finished, or as it is then."""
+        """Answer the job as it is. With `?wait=` as soon as it is finished, or as it is then."""
         resp.media = wire.job(waiting.for_job(self._waits, req, resp, job_id, filters.wait(req)))
 
+    @describe(
+        "removeJob",
+        {204: Answer("The job is gone."), 202: Answer("The job runs; it is gone once it has stopped.", Removing)},
+    )
     def on_delete(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Cancel what is unfinished and remove the record."""
         if self._system.remove(job_id, by=req.context.user or "api"):
             resp.status = falcon.HTTP_204
         else:
             resp.status = falcon.HTTP_202
-            resp.media = {"message": "The job runs and was asked to stop; it is removed when it has stopped.", "jobId": job_id}
+            removing: Removing = {"message": "The job runs and was asked to stop; it is removed when it has stopped.", "jobId": job_id}
+            resp.media = removing
 
+    @describe("cancelJob", {202: JOB}, errors=[409])
     def on_post_cancel(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Cancel a waiting job at once; ask a running one to stop."""
         accept(resp, self._system.cancel(job_id, by=req.context.user or "api"))
 
+    @describe("retryJob", {202: JOB}, errors=[409])
     def on_post_retry(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Run a failed, dead or cancelled job again from the first attempt."""
         accept(resp, self._system.retry(job_id, by=req.context.user or "api"))
 
+    @describe(
+        "listEvents",
+        {
+            200: Answer("The timeline.", Timeline, also={event_stream.CONTENT_TYPE: STREAM}, headers=(VARY,)),
+            204: Answer("All of the stream was told.", headers=(VARY,)),
+        },
+        parameters=[LAST_EVENT_ID],
+    )
     def on_get_events(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
-        """Answer the job's timeline, oldest first; as a stream that goes on to its end, to an Accept that prefers text/event-stream."""
+        """Answer the job's timeline, oldest first. As a stream that goes on to its end, to an Accept that prefers text/event-stream."""
         resp.append_header("Vary", "Accept")
         if event_stream.is_wanted(req):
             event_stream.answer(self._waits, req, resp, job_id)
             return
-        resp.media = {"jobId": job_id, "events": [wire.event(entry) for entry in self._system.events(job_id)]}
+        timeline: Timeline = {"jobId": job_id, "events": [wire.event(entry) for entry in self._system.events(job_id)]}
+        resp.media = timeline
 
+    @describe(
+        "getArtifact",
+        {200: Answer("The file.", {"type": "string"}, media_type="text/csv; charset=utf-8", headers=(DISPOSITION,))},
+    )
     def on_get_artifact(self, req: falcon.Request, resp: falcon.Response, job_id: str) -> None:
         """Send the CSV file that the job made."""
         job = self._system.job(job_id)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import falcon
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from jobsys.api import body
 from jobsys.api.access import Access
-from jobsys.api.problem import Problem
+from jobsys.api.problem import CHALLENGE, RETRY_LATER, Problem, told
 from jobsys.errors import InvalidSubmission
+from jobsys.openapi import NO_NUL, Answer, describe
 
 EXPIRES_IN = 3600
 """Seconds."""
@@ -18,12 +21,42 @@ LONGEST = 1_000
 """Characters of a name or a password."""
 
 
+_Text = Annotated[str, Field(min_length=1, max_length=LONGEST, pattern=NO_NUL)]
+
+
+class Credentials(TypedDict):
+    """Who asks for a token."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    username: _Text
+    password: _Text
+
+
+class Token(TypedDict):
+    """What to send as `Authorization: Bearer …`, and for how many seconds."""
+
+    token: str
+    tokenType: Annotated[str, Field(json_schema_extra={"const": "Bearer"})]
+    expiresIn: int
+
+
 class Login:
     """`/api/login`, for the users of ADMIN_USER (scope admin) and VIEWER_USER (scope jobs:read)."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
 
+    @describe(
+        "login",
+        {
+            200: Answer("The token.", Token),
+            401: told("The user name or the password is wrong.", CHALLENGE),
+            409: told("There are no tokens on this server, or no users."),
+            429: told("Too many passwords were wrong.", RETRY_LATER),
+        },
+        body=Credentials,
+    )
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Issue a token. The wrong name and the wrong password are told apart by nothing."""
         name, password = _credentials(body.read_object(req, LIMIT))
@@ -35,7 +68,7 @@ class Login:
         if user is None:
             raise Problem(401, "wrong user name or password", headers={"WWW-Authenticate": 'Bearer realm="jobsys"'})
         token, _ = self._access.tokens.issue(user.name, ["admin" if user.may_act else "jobs:read"], EXPIRES_IN)
-        resp.media = {"token": token, "tokenType": "Bearer", "expiresIn": EXPIRES_IN}
+        resp.media = Token(token=token, tokenType="Bearer", expiresIn=EXPIRES_IN)
 
 
 def _credentials(document: dict[str, Any]) -> tuple[str, str]:

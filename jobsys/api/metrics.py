@@ -19,7 +19,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from jobsys import db
+from jobsys.api.problem import VARY
 from jobsys.measurements import METRICS
+from jobsys.openapi import Answer, describe
 from jobsys.system import STATUSES, JobSystem
 
 PATIENCE = 3.0
@@ -52,6 +54,17 @@ class Metrics:
     def __init__(self, system: JobSystem) -> None:
         self._system = system
 
+    @describe(
+        "getMetrics",
+        {
+            200: Answer(
+                "The totals since the database was made. As text, how it stands, too.",
+                dict[str, int],
+                also={"text/plain": {"type": "string"}, "application/openmetrics-text": {"type": "string"}},
+                headers=(VARY,),
+            )
+        },
+    )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer the totals, and to Prometheus whatever else there is."""
         resp.append_header("Vary", "Accept")

@@ -9,9 +9,33 @@ import time
 from typing import Any
 
 import falcon
+from typing_extensions import TypedDict
 
-from jobsys.api.problem import RETRY_AFTER
+from jobsys.api.problem import RETRY_AFTER, RETRY_LATER
+from jobsys.openapi import Answer, describe
 from jobsys.system import JobSystem
+
+
+class Memory(TypedDict):
+    """Bytes."""
+
+    rss: int
+
+
+class Liveness(TypedDict):
+    """This process, and for how many seconds it has been running."""
+
+    status: str
+    uptime: float
+    memory: Memory
+
+
+class HealthState(Liveness):
+    """Whether jobs can be taken in, and whether somebody does them."""
+
+    database: bool
+    broker: bool
+    workers: int
 
 
 class Health:
@@ -21,6 +45,13 @@ class Health:
         self._system = system
         self._started = time.monotonic()
 
+    @describe(
+        "getHealth",
+        {
+            200: Answer("Jobs can be taken in.", HealthState),
+            503: Answer("Jobs can't be taken in.", HealthState, headers=(RETRY_LATER,)),
+        },
+    )
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 while jobs can be taken in, else 503."""
         health = self._system.health()
@@ -29,6 +60,7 @@ class Health:
             resp.set_header("Retry-After", str(RETRY_AFTER))
         resp.media = {"status": "ok" if health["database"] else "unavailable", **health, **self._process()}
 
+    @describe("getLiveness", {200: Answer("The process answers.", Liveness)}, database=False)
     def on_get_live(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Answer 200 while the process answers at all, whatever the database does."""
         resp.media = {"status": "ok", **self._process()}

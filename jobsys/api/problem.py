@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import falcon
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from jobsys import logs
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, NotMigrated, TooManyTries, WrongState
+from jobsys.openapi import Answer, Parameter
 
 log = logs.get(__name__)
 
@@ -18,6 +22,68 @@ RETRY_AFTER = 5
 
 _INGESTION = ("/api/ingest", "/api/status/")
 _DETAILS = {404: "there is nothing at this path", 405: "this path does not take this method; the header Allow names those it takes"}
+VARY = Parameter("Vary", {"type": "string"}, "What the answer depends on.")
+RETRY_LATER = Parameter("Retry-After", {"type": "integer", "minimum": 0}, "Seconds after which it is worth another try.")
+
+
+class FieldError(TypedDict):
+    """What is wrong, and where: the way to it through the body, or the name of a parameter."""
+
+    loc: list[str | int]
+    msg: str
+
+
+class ProblemDetails(TypedDict):
+    """An error, as in RFC 9457. `errors` names what of the request is wrong."""
+
+    type: str
+    title: str
+    status: Annotated[int, Field(ge=400, le=599)]
+    detail: str
+    errors: NotRequired[list[FieldError]]
+
+
+class IngestionProblem(ProblemDetails):
+    """An error of the routes of ingestions; `message` is `detail`."""
+
+    success: Annotated[bool, Field(json_schema_extra={"const": False})]
+    message: str
+
+
+def told(text: str, *headers: Parameter) -> Answer:
+    """The description of an error that means something of its own on one route."""
+    return Answer(text, ProblemDetails, media_type="application/problem+json", headers=headers)
+
+
+def answers(path: str) -> Mapping[int, Answer]:
+    """What every error is on the routes at `path`, by status."""
+    shape = IngestionProblem if path.startswith(_INGESTION) else ProblemDetails
+    return {
+        status: Answer(text, shape, media_type="application/problem+json", headers=_ERROR_HEADERS.get(status, ()))
+        for status, text in _MEANINGS.items()
+    }
+
+
+CHALLENGE = Parameter(
+    "WWW-Authenticate", {"type": "string"}, "What is asked for; with a Bearer token also what is wrong with it (RFC 6750)."
+)
+_ERROR_HEADERS = {400: (CHALLENGE,), 401: (CHALLENGE,), 403: (CHALLENGE,), 429: (RETRY_LATER,), 503: (RETRY_LATER,)}
+_MEANINGS = {
+    400: "What was sent is no JSON, a parameter makes no sense, or the header Authorization is none.",
+    401: "No credentials, or wrong ones.",
+    403: "Right credentials that don't allow it, a browser's request from another site, or one by a name that is not this machine's.",
+    404: "There is nothing of this id or name.",
+    408: "The body did not arrive in time.",
+    409: "The job's status forbids it; `detail` names the status.",
+    413: "The body is too large.",
+    414: "The path with its parameters is longer than 4094 bytes.",
+    415: "The body is not of a type that is taken here.",
+    422: "The content can't be accepted; `errors` names each place.",
+    429: "Too many requests, or too many wrong passwords.",
+    431: "A header is longer than 8190 bytes, or there are more than 100.",
+    500: "A defect of the server; its log knows more by the request's id.",
+    503: "The database is away; nothing was done.",
+}
 
 
 class Problem(falcon.HTTPError):

@@ -21,6 +21,7 @@ import falcon
 from jobsys import db, logs
 from jobsys.api.clients import client
 from jobsys.api.problem import Problem
+from jobsys.openapi import Parameter
 from jobsys.settings import Settings
 
 SHARE = 64
@@ -36,6 +37,12 @@ MOST_CLIENTS = 5000
 """So many clients a process remembers, before it tells the table of them all and forgets them."""
 UNLIMITED = ("health", "metrics", "admin", "dashboard")
 """What probes and people look at: the first part of the path."""
+HEADERS = (
+    Parameter("RateLimit-Limit", {"type": "integer", "minimum": 1}, "How many requests the client may make in a window of time."),
+    Parameter("RateLimit-Remaining", {"type": "integer", "minimum": 0}, "How many more there may be in this window."),
+    Parameter("RateLimit-Reset", {"type": "integer", "minimum": 0}, "Seconds until the window ends."),
+)
+"""What every answer to a limited request says, while the table that counts can be asked."""
 _NAMED: dict[float, str] = {1: "second", 60: "minute", 3600: "hour", 86400: "day"}
 log = logs.get(__name__)
 
@@ -50,7 +57,7 @@ class RateLimit:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Let the request pass, or raise Problem 429."""
-        if self._limiter is None or req.path[1:].partition("/")[0] in UNLIMITED:
+        if self._limiter is None or not counts(req.path):
             return
         who = client(req, self._settings)
         verdict = self._limiter.admit(who)
@@ -66,6 +73,11 @@ class RateLimit:
             raise Problem(
                 429, f"too many requests from {who}: {rate} may be made; come back in {seconds} s", headers={"Retry-After": seconds}
             )
+
+
+def counts(path: str) -> bool:
+    """Whether requests to this path are limited, where there is a limit."""
+    return path[1:].partition("/")[0] not in UNLIMITED
 
 
 class Verdict(NamedTuple):

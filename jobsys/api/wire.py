@@ -8,19 +8,86 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timezone
-from typing import Any
+from typing import Annotated, Any, cast, overload
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 from jobsys.errors import InvalidSubmission
 from jobsys.job_types import priority_name, priority_number
 from jobsys.system import STATUSES, Event, JobRecord
 
 _STATUS_SYNONYMS = {"NEW": "PENDING", "QUEUED": "PENDING", "ACTIVE": "PROCESSING", "RUNNING": "PROCESSING", "SUCCESS": "COMPLETED"}
+STATUS_NAMES = (*STATUSES, *_STATUS_SYNONYMS)
+"""What `status` understands."""
 _FIELD_SYNONYMS = {"name": "type", "data": "payload"}
+OLDER_WORDS = {"EMAIL_SEND": {"to": "recipient"}}
+"""By job type, how older clients call fields of its payload."""
 _EMAIL_NAMES = ("sendemail", "email_send", "email")
 _RFC_3339 = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
+Id = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+Status = Annotated[str, Field(json_schema_extra={"enum": [*STATUSES]})]
+Count = Annotated[int, Field(ge=0)]
 
-def job(record: JobRecord) -> dict[str, Any]:
+
+class JobError(TypedDict):
+    """The last failed attempt."""
+
+    type: str
+    message: str
+    attempt: Count
+    at: Timestamp
+
+
+class JobProgress(TypedDict):
+    """How far a job says it is."""
+
+    fraction: Annotated[float, Field(ge=0, le=1)]
+    message: str
+
+
+class JobObject(TypedDict):
+    """A job as it stands. `jobId` is `id`; `startedAt`, `worker` and `progress` are those of the last attempt."""
+
+    id: Id
+    jobId: Id
+    type: str
+    queue: str
+    priority: Annotated[str, Field(description="high, default or low; a number where a Dramatiq actor chose another.")]
+    payload: dict[str, Any]
+    status: Status
+    attempts: Count
+    maxAttempts: Count | None
+    progress: JobProgress | None
+    result: Annotated[Any, Field(description="What the job returned.")]
+    error: JobError | None
+    createdAt: Timestamp
+    runAt: Timestamp
+    startedAt: Timestamp | None
+    finishedAt: Timestamp | None
+    worker: str | None
+    groupId: Id | None
+    idempotencyKey: str | None
+    requestId: Annotated[str | None, Field(description="The id of the request that submitted it.")]
+
+
+class JobEvent(TypedDict):
+    """An entry of a job's timeline; what an attempt left behind stands beside the rest."""
+
+    at: Timestamp
+    kind: Annotated[str, Field(description="created, due, started, log, progress, failed, retried, finished…")]
+    attempt: Count | None
+    by: str | None
+    message: str | None
+    type: NotRequired[str]
+    traceback: NotRequired[str]
+    worker: NotRequired[str | None]
+    duration: NotRequired[Annotated[float, Field(description="Seconds.")]]
+
+
+def job(record: JobRecord) -> JobObject:
     """The job object."""
     return {
         "id": record.id,
@@ -32,9 +99,9 @@ def job(record: JobRecord) -> dict[str, Any]:
         "status": record.status,
         "attempts": record.attempt,
         "maxAttempts": record.max_attempts,
-        "progress": record.progress,
+        "progress": cast(Any, record.progress),
         "result": record.result,
-        "error": record.error and {**record.error, "at": timestamp(moment(record.error["at"]))},
+        "error": cast(Any, record.error and {**record.error, "at": timestamp(moment(record.error["at"]))}),
         "createdAt": timestamp(record.created_at),
         "runAt": timestamp(record.run_at),
         "startedAt": timestamp(record.started_at),
@@ -46,10 +113,10 @@ def job(record: JobRecord) -> dict[str, Any]:
     }
 
 
-def event(entry: Event) -> dict[str, Any]:
+def event(entry: Event) -> JobEvent:
     """One entry of a job's timeline; what an attempt left behind (type, traceback, worker, duration) stands beside the rest."""
     return {
-        **(entry.detail or {}),
+        **cast(Any, entry.detail or {}),
         "at": timestamp(entry.at),
         "kind": entry.kind,
         "attempt": entry.attempt,
@@ -58,6 +125,10 @@ def event(entry: Event) -> dict[str, Any]:
     }
 
 
+@overload
+def timestamp(moment: datetime) -> str: ...
+@overload
+def timestamp(moment: datetime | None) -> str | None: ...
 def timestamp(moment: datetime | None) -> str | None:
     """RFC 3339 in UTC with milliseconds and `Z`."""
     if moment is None:
