@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -37,6 +38,9 @@ FILE_BYTES = 50_000_000
 FILES_KEPT = 5
 LONGEST_VALUE = 2_000
 LONGEST_TRACEBACK = 20_000
+
+READER_PATIENCE = 0.5
+"""Seconds that a line waits for whoever reads the stream; while nobody does, the next ones don't wait at all."""
 
 _COLOURS = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "1;31"}
 _ESCAPES = {
@@ -132,7 +136,34 @@ class Forgiving(logging.Handler):
 
 
 class Stream(Forgiving, logging.StreamHandler):
-    """Writes lines to a stream."""
+    """Writes lines to a stream. When nobody reads that (a terminal that was stopped, a full pipe) lines are lost, and counted."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, unless that would have to wait for a reader for longer than READER_PATIENCE. Called under the handler's lock."""
+        text = self.format(record) + self.terminator
+        # There is room for so many bytes where poll says that there is any.
+        size = len(text) if len(text.encode(errors="replace")) <= select.PIPE_BUF else select.PIPE_BUF // 4
+        for start in range(0, len(text), size):
+            if not self._takes_more(0 if self._lost else READER_PATIENCE):
+                self._lost += 1
+                return
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                get(__name__).warning("nobody read the log for a while", lost=lost)
+            self.stream.write(text[start : start + size])
+            self.flush()
+
+    def _takes_more(self, patience: float) -> bool:
+        try:
+            writable = select.poll()
+            writable.register(self.stream.fileno(), select.POLLOUT)
+            return bool(writable.poll(patience * 1000))
+        except (OSError, ValueError):  # no descriptor at all, or a closed one: writing will tell
+            return True
 
 
 class SharedFile(Forgiving):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import structlog
+from conftest import environment, eventually
 
 from jobsys import logs
 from jobsys.errors import SettingsError
@@ -242,3 +243,36 @@ def test_a_debug_line_that_is_off_costs_next_to_nothing(configure: Any) -> None:
     configure()
     seconds = min(timeit.repeat(lambda: log.debug("claimed", count=3), number=10_000, repeat=5)) / 10_000
     assert seconds < 3e-6
+
+
+def test_a_reader_that_stopped_costs_lines_and_no_time(settings: Settings) -> None:
+    program = """
+import sys, time
+from jobsys import logs
+from jobsys.settings import Settings
+logs.configure(Settings(_env_file=None), process="worker")
+log = logs.get("trial")
+for number in range(2000):
+    log.info("line", number=number, text="x" * (number % 7 * 1500))
+print("done", flush=True)
+sys.stdin.readline()
+log.info("the last")
+"""
+    read: list[str] = []
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment(settings), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        watchdog = threading.Timer(30, process.kill)
+        watchdog.start()
+        assert process.stdout.readline() == "done\n", "it waits for its reader"
+        reader = threading.Thread(target=read.extend, args=[process.stderr])
+        reader.start()
+        eventually(lambda: len(read) > 1)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait() == 0
+        reader.join()
+        watchdog.cancel()
+    assert "number=0 " in read[0] and "lost=" in read[-2] and "the last" in read[-1]
