@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 NO_NUL = r"^[^\u0000]*$"
 """What PostgreSQL can store of a text, as a pattern."""
-NO_CONTROLS = r"^[^\u0000-\u001f\u007f-\u009f]*$"
+PRINTABLE = r"^[ -~]*$"
 
 
 def any_case(*words: str) -> str:
@@ -319,7 +319,7 @@ class _Document:
                     "type": "string",
                     "minLength": 1,
                     "maxLength": 255,
-                    "pattern": NO_CONTROLS,
+                    "pattern": PRINTABLE,
                     "description": "The same as the header Idempotency-Key.",
                 },
             },
