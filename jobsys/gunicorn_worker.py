@@ -39,9 +39,11 @@ PATIENCE, HURRY = 4.0, 1.5
 PACE = 20_000
 """…and the bytes that earn it one second more."""
 LONGEST_SEND = 60.0
-"""Seconds one piece of an answer may take to leave."""
-KEPT = 256 * 1024
-"""Bytes of an answer that wait for a client to take them without a thread that waits, too. Of a longer one a thread waits with the rest."""
+"""Seconds that an answer which waits may go without its client's taking any of it."""
+KEPT, KEPT_IN_ALL = 2 * 1024**2, 64 * 1024**2
+"""Bytes of one answer, and of all, that wait for their clients while no thread does. For what is more, a thread…"""
+PIECE, LONGEST_PIECE = 256 * 1024, 4.0
+"""…waits, and each so many bytes may take LONGEST_SEND to leave, or so many seconds where half of the threads are taken."""
 LINGER = 0.5
 """Seconds to wait, before closing, for a client that still sends: closing at once would cost it the answer."""
 
@@ -177,6 +179,10 @@ class PatientSocket(socket.socket):
     deadline = math.inf
     late = False
     unsent = b""
+    patience = LONGEST_PIECE
+    """For whoever takes an answer, while a thread waits."""
+    kept_in_all: Callable[[], int]
+    """Of all connections of this process."""
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """Like socket.sendall, but what the client doesn't take at once is kept, as far as it is not much; whoever has this socket then
@@ -189,12 +195,14 @@ class PatientSocket(socket.socket):
             except BlockingIOError:
                 pass
             finally:
-                self.settimeout(LONGEST_SEND)
-        if len(self.unsent) + len(rest) <= KEPT:
+                self.settimeout(self.patience)
+        size = len(self.unsent) + len(rest)
+        if size <= KEPT and (not rest or size + self.kept_in_all() <= KEPT_IN_ALL):
             self.unsent += rest
         else:
-            super().sendall(self.take_unsent(), flags)
-            super().sendall(rest, flags)
+            rest = memoryview(self.take_unsent() + rest)
+            for start in range(0, len(rest), PIECE):
+                super().sendall(rest[start : start + PIECE], flags)
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Like socket.sendfile, after all that was kept."""
@@ -214,7 +222,7 @@ class PatientSocket(socket.socket):
         except TimeoutError:
             self.late = True
             raise TimeoutError(errno.ECONNRESET, "the request did not arrive in time") from None
-        self.settimeout(LONGEST_SEND)
+        self.settimeout(self.patience)
         self.deadline += len(data) / PACE
         return data
 
@@ -295,6 +303,10 @@ class Idle:
 
     def __len__(self) -> int:
         return len(self._connections) + len(self._later) + len(self._ready)
+
+    def bytes_kept(self) -> int:
+        """How much of answers waits for clients to take it."""
+        return sum(len(exchange.unsent) for exchange in list(self._later.values()))
 
     def add(self, connection: TConn) -> None:
         """Wait for its next request."""
@@ -383,6 +395,7 @@ class PatientWorker(ThreadWorker):
                 raise
             return
         client = PatientSocket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+        client.kept_in_all = self.keepalived_conns.bytes_kept
         connection = TConn(self.cfg, client, address, listener.getsockname())
         connection.data_ready = True  # by the time a thread takes it
         self._count_connections(1)
@@ -432,6 +445,7 @@ class PatientWorker(ThreadWorker):
     def handle(self, conn: TConn) -> Any:
         taken = self.nr_conns - len(self.keepalived_conns)
         conn.sock.deadline = time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY)
+        conn.sock.patience = LONGEST_SEND if taken <= self.cfg.threads // 2 else LONGEST_PIECE
         try:
             keep = super().handle(conn)
         except Postponed as postponed:

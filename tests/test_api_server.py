@@ -214,6 +214,28 @@ def test_clients_that_do_not_take_their_answers_hold_no_thread(web: Running, sys
                 assert json.loads(answers.read(length))["payload"] == {"text": "x" * 200_000}
 
 
+def test_a_file_that_nobody_takes_holds_no_thread(web: Running) -> None:
+    """The largest answer that is given to everybody, credentials or not."""
+    path = "/docs/swagger-ui-bundle.js"
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(12):
+            client = stack.enter_context(contextlib.closing(socket.socket()))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(20)
+            client.connect(("127.0.0.1", urlsplit(web.url).port or 0))
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            clients.append(client)
+        time.sleep(1)
+        began = time.monotonic()
+        assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+        assert time.monotonic() - began < 2
+        with clients[-1].makefile("rb") as answer:
+            head = b"".join(iter(answer.readline, b"\r\n"))
+            length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
+            assert length > 2**20 and len(answer.read(length)) == length
+
+
 def test_a_large_file_arrives_whole(web: Running, settings: Settings, system: JobSystem) -> None:
     job_id = system.submit("TEST_JOB").id
     settings.output_dir.mkdir()
