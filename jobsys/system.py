@@ -390,7 +390,7 @@ class JobSystem:
             verbs.act, self.database, verbs.VERBS[verb], by=by, as_of=as_of, patience=verbs.PATIENCE if patience is None else patience
         )
         if ids is None:
-            found = verbs.matching(self.database, where, as_of)
+            found = verbs.matching(self.database, statuses, where, as_of)
             outcome, _ = ask(found, statuses)
             return outcome._replace(more=outcome.more or len(found) == verbs.MOST)
         given = list({id.lower(): id for id in ids}.values())
@@ -405,7 +405,7 @@ class JobSystem:
 
     def count_matching(self, verb: str, *, as_of: datetime, **filters: Any) -> int:
         """How many jobs `act_on_many` with these filters would act on; up to 100,000 exactly, and beyond that 100,001."""
-        return verbs.count(self.database, self._meant(verb, filters)[1], as_of)
+        return verbs.count(self.database, *self._meant(verb, filters), as_of)
 
     def remove(self, job_id: str, by: str | None = None) -> bool:
         """Remove a job and its history. True: it is gone. False: it runs and was asked to stop; it goes when it has. Raises JobNotFound."""
@@ -630,7 +630,7 @@ class JobSystem:
         for each in statuses:
             if each not in verb.allowed:
                 raise InvalidSubmission.of(["status"], str(WrongState(verb.done, each, verb.allowed)))
-        return statuses, self._where(**{**filters, "status": statuses})
+        return statuses, self._where(**{**filters, "status": None})
 
     def _where(
         self,
@@ -649,7 +649,7 @@ class JobSystem:
             statuses = [status] if isinstance(status, str) else list(status)
             if unknown := set(statuses) - set(STATUSES):
                 raise InvalidSubmission.of(["status"], f'status "{unknown.pop()}" is not one of {", ".join(STATUSES)}')
-            # Constants, so that the planner can use the index of broken jobs; they were just checked.
+            # Constants, so that the planner can use the index of jobs that broke; they were just checked.
             where[f"status in ({', '.join(repr(each) for each in statuses)})"] = {}
         if type is not None:
             where["type = %(type)s"] = {"type": self.types.find(type).name if type.lower() in self.types.names else type}

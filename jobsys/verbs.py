@@ -7,7 +7,7 @@ by itself, because a job that was retried, buried or cancelled is no longer one 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import NamedTuple
@@ -64,14 +64,14 @@ def now(database: db.Database) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000) + timedelta(milliseconds=1)
 
 
-def count(database: db.Database, where: Condition, as_of: datetime) -> int:
-    """How many jobs match and can be asked; MOST + 1 when they are more than MOST."""
-    return int(_ask(database, "count_matching", where, as_of, MOST + 1)[0][0])
+def count(database: db.Database, statuses: Iterable[str], where: Condition, as_of: datetime) -> int:
+    """How many jobs have one of these statuses, match, and can be asked; MOST + 1 when they are more than MOST."""
+    return int(_ask(database, "count(*)", statuses, where, as_of, MOST + 1)[0][0])
 
 
-def matching(database: db.Database, where: Condition, as_of: datetime) -> list[str]:
-    """The ids of the jobs that match and can be asked, oldest first, of the first MOST."""
-    return [id for (id,) in _ask(database, "matching", where, as_of, MOST)]
+def matching(database: db.Database, statuses: Iterable[str], where: Condition, as_of: datetime) -> list[str]:
+    """The ids of those jobs, in order, or of MOST of them."""
+    return sorted(id for (id,) in _ask(database, "id::text", statuses, where, as_of, MOST))
 
 
 def act(
@@ -100,8 +100,15 @@ def act(
     return Outcome(len(asked) - stopping, stopping, {}, late or bool(todo), as_of), asked
 
 
-def _ask(database: db.Database, statement: str, where: Condition, as_of: datetime, limit: int) -> list[db.Row]:
-    text = db.STATEMENTS[statement].replace("{conditions}", where.text)
-    with database.connection() as connection, connection.cursor() as cursor:
-        cursor.execute(text, {**where.parameters, "as_of": as_of, "limit": limit})
-        return cursor.fetchall()
+def _ask(database: db.Database, what: str, statuses: Iterable[str], where: Condition, as_of: datetime, limit: int) -> list[db.Row]:
+    with database.transaction() as connection, connection.cursor() as cursor:
+        cursor.execute("set local enable_seqscan = off")
+        cursor.execute(_statement(what, statuses, where), {**where.parameters, "as_of": as_of, "limit": limit})
+        return list(cursor.fetchall())
+
+
+def _statement(what: str, statuses: Iterable[str], where: Condition) -> str:
+    """Each status that a verb can be asked of has its index, which leads to its jobs, however many others there are."""
+    arm = db.STATEMENTS["matching"].replace("{conditions}", where.text)
+    arms = " union all ".join(arm.replace("{status}", status) for status in statuses)
+    return f"select {what} from ({arms} limit %(limit)s) as found"

@@ -163,21 +163,12 @@ select target.id::text, target.status, changed.id is not null from target left j
 select clock_timestamp();
 
 -- name: matching
--- What a verb for many can be asked of, oldest first: who was asked to stop already is not asked again, and what came to its status
--- after as_of isn't meant.
-select id::text
+-- What a verb for many can be asked of, of one status: who was asked to stop already is not asked again, and what came to its status after
+-- as_of isn't meant.
+select id
 from jobs
-where {conditions} and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
-order by jobs.id
-limit %(limit)s;
-
--- name: count_matching
-select count(*)
-from (
-    select from jobs
-    where {conditions} and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
-    limit %(limit)s
-) as found;
+where status = '{status}' and {conditions} and coalesce(finished_at, created_at) <= %(as_of)s
+    and (status <> 'PROCESSING' or stop_requested is null)
 
 -- name: take
 -- Which of these jobs match (still)? Those that nobody else has locked are locked now.

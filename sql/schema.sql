@@ -78,8 +78,8 @@ create index jobs_ready on jobs (queue, priority, run_at, id) where status = 'PE
 create index jobs_scheduled on jobs (run_at) where status = 'SCHEDULED';
 -- What does this worker have?
 create index jobs_running on jobs (worker) where status = 'PROCESSING';
--- What broke?
-create index jobs_broken on jobs (id) where status in ('FAILED', 'DEAD');
+-- What could be retried?
+create index jobs_retriable on jobs (id) where status in ('FAILED', 'DEAD', 'CANCELLED');
 -- What belongs together?
 create index jobs_grouped on jobs (group_id, id) where group_id is not null;
 -- Was this submitted before?

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from conftest import Running, eventually, execute
 
 from jobsys import verbs
 from jobsys.app import create_app
+from jobsys.search import Condition
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
@@ -476,6 +478,20 @@ def test_a_call_ends_in_time_and_says_that_there_is_more(
     assert system.count_matching("retry", status="FAILED", as_of=verbs.now(system.database)) == 401, "that is: more than 400"
     monkeypatch.undo()
     assert (outcome := system.act_on_many("retry", status="FAILED"))[0] == 600 and not outcome.more
+
+
+def test_an_index_leads_to_what_a_verb_can_be_asked_of(database_url: str, add_jobs: Callable[..., list[str]]) -> None:
+    add_jobs("COMPLETED", 10_000)
+    indexes = {"SCHEDULED": "jobs_scheduled", "PENDING": "jobs_ready", "PROCESSING": "jobs_running"}
+    asked = {"as_of": datetime.now(timezone.utc), "limit": verbs.MOST}
+    for verb in verbs.VERBS.values():
+        statement = verbs._statement("id::text", verb.allowed, Condition("type = 'TEST_JOB'", {}))
+        with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
+            cursor.execute(f"set enable_seqscan = off; explain {statement}", asked)
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+        for status in verb.allowed:
+            assert indexes.get(status, "jobs_retriable") in plan, plan
+        assert "Seq Scan" not in plan and "jobs_pkey" not in plan, plan
 
 
 def test_however_many_jobs_there_are_no_transaction_has_more_than_a_thousand(

@@ -498,7 +498,7 @@ def test_a_migration_too_few_or_too_many_is_noticed(settings: Settings, tmp_path
     shutil.copytree(db.SQL, tmp_path / "sql")
     (tmp_path / "sql" / "migrations").mkdir(exist_ok=True)
     (tmp_path / "sql" / "migrations" / f"{newest + 1:04}_colours.sql").write_text(
-        "create table colours (name text);\ncreate index colourful on colours (name);\ndrop index jobs_broken;\n"
+        "create table colours (name text);\ncreate index colourful on colours (name);\ndrop index jobs_retriable;\n"
         "alter index jobs_grouped\n    rename to jobs_of_a_group;\n"
     )
     monkeypatch.setattr(migrations, "SQL", tmp_path / "sql")

@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 
 ELSEWHERE = {
     *db.load_statements("doctor.sql"),
-    *("completed", "count_requests", "now", "matching", "count_matching", "take", "statuses"),
+    *("completed", "count_requests", "now", "matching", "take", "statuses"),
     *("revocations", "revoke", "came_in_before", "login_wait", "lock_logins", "count_login", "login_succeeded"),
     *("unfinished_jobs", "stirred_jobs", "timeline"),
 }

@@ -460,7 +460,7 @@ def prepare(database_url: str, name: str) -> None:
             names.append(match[1])
         return f"${names.index(match[1]) + 1}"
 
-    statement = db.STATEMENTS[name].replace("{conditions}", "true")
+    statement = db.STATEMENTS[name].replace("{conditions}", "true").replace("{status}", "PENDING")
     if statement.startswith("copy"):
         with contextlib.closing(psycopg2.connect(database_url)) as connection:
             connection.cursor().copy_expert(statement, io.StringIO(""))
