@@ -6,6 +6,7 @@ why), 2 the command was wrong, 130 interrupted. What a command needs is imported
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
@@ -179,38 +180,36 @@ def submit(
     return 0 if job.status == "COMPLETED" else 1
 
 
+def filter_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Options that say which jobs are meant. The command gets `filters`, as `JobSystem.jobs` takes them."""
+
+    @functools.wraps(command)
+    def filtered(*, status: list[str], group: UUID | None, search: str | None, **others: Any) -> int:
+        given = {name: others.pop(name) for name in ("type", "queue", "priority")}
+        given |= {"status": status or None, "group_id": str(group) if group else None, "q": search}
+        return command(**others, filters={name: value for name, value in given.items() if value is not None})
+
+    for option in (
+        click.option("--search", metavar="TEXT", help="Only jobs with this in their type, payload, error or id."),
+        click.option("--group", type=click.UUID, metavar="UUID", help="Only jobs of this group."),
+        click.option("--priority", type=PRIORITY, help="Only jobs of this priority."),
+        click.option("--queue", help="Only jobs of this queue."),
+        click.option("--type", metavar="TYPE", help="Only jobs of this type."),
+        click.option("--status", multiple=True, callback=arguments.statuses, help="Only jobs of this status; can be given more than once."),
+    ):
+        filtered = option(filtered)
+    return filtered
+
+
 @commands.command()
-@click.option("--status", multiple=True, callback=arguments.statuses, help="Only jobs of this status; can be given more than once.")
-@click.option("--type", metavar="TYPE", help="Only jobs of this type.")
-@click.option("--queue", help="Only jobs of this queue.")
-@click.option("--priority", type=PRIORITY, help="Only jobs of this priority.")
-@click.option("--group", type=click.UUID, metavar="UUID", help="Only jobs of this group.")
-@click.option("--search", metavar="TEXT", help="Only jobs with this in their type, payload, error or id.")
+@filter_options
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="At most so many, newest first.")
 @json_option
-def jobs(
-    status: list[str],
-    type: str | None,
-    queue: str | None,
-    priority: str | None,
-    group: UUID | None,
-    search: str | None,
-    limit: int,
-    as_json: bool,
-) -> int:
+def jobs(filters: dict[str, Any], limit: int, as_json: bool) -> int:
     """List jobs, newest first. In a pipe: id, type, status, priority, queue, attempts, created, error, with tabs between."""
     from jobsys import terminal
 
-    found, more = _take(
-        _system(),
-        limit,
-        status=status or None,
-        type=type,
-        queue=queue,
-        priority=priority,
-        group_id=str(group) if group else None,
-        q=search,
-    )
+    found, more = _take(_system(), limit, **filters)
     terminal.print_jobs(found, more=more, as_json=as_json)
     return 0
 
@@ -231,16 +230,31 @@ def job(id: str, as_json: bool) -> int:
 
 
 @commands.command()
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
-def retry(ids: tuple[str, ...]) -> int:
-    """Run FAILED, DEAD or CANCELLED jobs again."""
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@filter_options
+@click.option("--all", "everything", is_flag=True, help="All that are FAILED or DEAD.")
+def retry(ids: tuple[str, ...], filters: dict[str, Any], everything: bool) -> int:
+    """Run FAILED, DEAD or CANCELLED jobs again.
+
+    Those of the IDs; or all FAILED and DEAD ones that the options describe (CANCELLED ones with --status CANCELLED). `jobsys jobs`
+    shows them with the same options.
+    """
+    if not ids or filters or everything:
+        return _many("retry", ids, filters, everything)
     return _each(ids, lambda system, id: f"{id} is {system.retry(id, by='cli').status} again")
 
 
 @commands.command()
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
-def cancel(ids: tuple[str, ...]) -> int:
-    """Cancel jobs; a running one is asked to stop."""
+@click.argument("ids", metavar="[ID...]", nargs=-1)
+@filter_options
+@click.option("--all", "everything", is_flag=True, help="All that wait or run.")
+def cancel(ids: tuple[str, ...], filters: dict[str, Any], everything: bool) -> int:
+    """Cancel jobs; a running one is asked to stop.
+
+    Those of the IDs; or all that wait or run and that the options describe, which `jobsys jobs` shows with the same ones.
+    """
+    if not ids or filters or everything:
+        return _many("cancel", ids, filters, everything)
 
     def cancel_one(system: JobSystem, id: str) -> str:
         job = system.cancel(id, by="cli")
@@ -480,6 +494,26 @@ def _each(ids: Iterable[str], act: Callable[[JobSystem, str], str]) -> int:
         except JobsysError as error:
             code = complain(error)
     return code
+
+
+def _many(verb: str, ids: tuple[str, ...], filters: dict[str, Any], everything: bool) -> int:
+    if [bool(ids), bool(filters), everything].count(True) != 1:
+        raise click.UsageError("say which jobs: their ids, or --status, --type, --queue, --priority, --group or --search, or --all")
+    from jobsys.verbs import VERBS
+
+    system = _system()
+    as_of, done, stopping = system.now(), 0, 0
+    while True:
+        outcome = system.act_on_many(verb, by="cli", as_of=as_of, **filters)
+        done, stopping = done + outcome.done, stopping + outcome.stopping
+        if not outcome.more or not (outcome.done or outcome.stopping):
+            break
+        click.echo(f"{done + stopping:,} so far", err=True)
+    asked = f", and {stopping:,} running ones were asked to stop" if stopping else ""
+    click.echo(f"{done:,} {'job' if done == 1 else 'jobs'} {VERBS[verb].done}{asked}")
+    if outcome.more:
+        click.echo("there are others, which somebody else has locked: try again", err=True)
+    return 1 if outcome.more else 0
 
 
 def _take(system: JobSystem, limit: int, **filters: Any) -> tuple[list[JobRecord], bool]:

@@ -284,6 +284,24 @@ def test_jobs_are_retried_and_cancelled_by_the_handful(jobsys: Any, system: JobS
     assert said.code == 1 and "a job that is PENDING can't be retried" in said.err
 
 
+def test_jobs_that_options_describe_are_cancelled_and_retried_all_together(jobsys: Any, system: JobSystem) -> None:
+    mails = [system.submit("TEST_JOB", priority="low").id for _ in range(3)]
+    other = system.submit("TEST_JOB").id
+    said = jobsys("cancel", "--priority", "low", "--status", "pending")
+    assert (said.code, said.out) == (0, "3 jobs cancelled\n")
+    assert system.job(other).status == "PENDING"
+    said = jobsys("retry", "--all")
+    assert (said.code, said.out) == (0, "0 jobs retried\n"), "what was cancelled on purpose is not among them"
+    said = jobsys("retry", "--status", "CANCELLED", "--search", mails[0])
+    assert (said.code, said.out) == (0, "1 job retried\n")
+    assert [event.by for event in system.events(mails[0])][-1] == "cli"
+    said = jobsys("retry", "--status", "COMPLETED")
+    assert said.code == 1 and "a job that is COMPLETED can't be retried" in said.err
+    for words in ([], [other, "--all"], ["--all", "--type", "TEST_JOB"]):
+        said = jobsys("cancel", *words)
+        assert said.code == 2 and "say which jobs: their ids, or --status" in said.err, words
+
+
 def test_on_a_terminal_there_are_tables_colours_and_a_progress_bar(settings: Settings, system: JobSystem, worker: Any) -> None:
     failed = system.submit("TEST_JOB", {"giveUp": True, "failWith": EVIL})
     system.wait(failed.id, timeout=10)
