@@ -575,7 +575,7 @@ def _objects(versions: set[int] | None = None) -> list[Expected]:
     """What these versions of the schema (None: all) made and did not drop or rename again, read from their files."""
     expected: dict[tuple[str, str], Expected] = {}
     verbs = re.compile(
-        r"^(?P<verb>create(?: or replace)?(?: unique)?|drop|alter) (?P<kind>table|index|trigger|function|type)"
+        r"^(?P<verb>create(?: or replace| unlogged| unique)?|drop|alter) (?P<kind>table|index|trigger|function|type)"
         r"(?: concurrently)?(?: if (?:not )?exists)? (?P<name>\w+)(?P<rest>[^;]*)",
         re.MULTILINE | re.IGNORECASE,
     )

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def eventually(predicate: Callable[[], T], timeout: float = 10.0, interval: float = 0.05) -> T:
-    """The first true thing `predicate` returns; fails when it returns none within `timeout` seconds. It may assert as well."""
+    """The first true thing `predicate` returns; fails when there is none within `timeout` seconds. It may assert, and miss keys."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -55,8 +55,8 @@ def eventually(predicate: Callable[[], T], timeout: float = 10.0, interval: floa
             if value:
                 return value
             complaint = f"still {value!r} after {timeout:g} s"
-        except AssertionError as error:
-            complaint = str(error)
+        except (AssertionError, LookupError) as error:
+            complaint = repr(error)
         if time.monotonic() > deadline:
             raise AssertionError(complaint)
         time.sleep(interval)

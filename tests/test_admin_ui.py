@@ -781,5 +781,6 @@ def test_in_a_browser_a_page_that_falls_behind_keeps_what_it_has_and_says_so(
 
 
 def _form_of(page: Any, button: str) -> int:
-    """The number of the first form with this button, for webtest."""
-    return next(number for number, form in enumerate(page.html.find_all("form")) if form.button is not None and form.button.text == button)
+    """The number of the first form with only this button, for webtest."""
+    forms = (form.find_all("button") for form in page.html.find_all("form"))
+    return next(number for number, buttons in enumerate(forms) if [each.text for each in buttons] == [button])

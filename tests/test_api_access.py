@@ -263,7 +263,7 @@ def test_the_metrics_may_be_made_public(settings: Settings) -> None:
     app(settings, jwt_secret=SECRET, metrics_public=True).get("/metrics", status=200)
 
 
-ONE_TOKEN = ISSUED_HERE.issue("billing", ["admin"], 600)[0]
+ONE_TOKEN = ISSUED_HERE.issue("billing", ["admin"], 3600)[0]
 
 
 WRONG: list[tuple[str | None, int, str | None]] = [

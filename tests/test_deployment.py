@@ -110,11 +110,13 @@ def test_setup_cfg_names_every_package(setup: configparser.ConfigParser) -> None
 
 
 def test_setup_cfg_names_every_library_that_is_imported(setup: configparser.ConfigParser) -> None:
-    required = setup["options"]["install_requires"] + setup["options.extras_require"]["local"]
+    extras = setup["options.extras_require"]
+    required = setup["options"]["install_requires"] + extras["local"] + extras["otel"]
     named = {re.split(r"[ <>=]", line)[0] for line in required.split("\n")}
     files = [file for top in ("jobsys", "admin_ui") for file in (CHECKOUT / top).rglob("*.py")]
     imported = {name for file in files for name in _imports(file)} - set(sys.stdlib_module_names) - {"jobsys", "admin_ui"}
-    other_names = {"psycopg2": "psycopg2-binary", "pydantic_core": "pydantic"}
+    other_names = {"psycopg2": "psycopg2-binary", "pydantic_core": "pydantic", "jwt": "PyJWT", "argon2": "argon2-cffi"}
+    other_names["opentelemetry"] = "opentelemetry-sdk"
     missing = [name for name in imported if not {name, name.replace("_", "-"), other_names.get(name)} & named]
     assert not missing
 

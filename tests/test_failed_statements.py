@@ -524,5 +524,6 @@ def test_a_request_whose_statement_fails_is_answered_with_503_and_the_next_one_i
             with web.failing(statement, when, kind):
                 accept = "*/*" if statement == "counts" else "text/plain, application/json;q=0.5"
                 status, _ = web.ask(method, path.format(id=job.id), accept=accept)
-            assert status == 503, (statement, when, kind)
+            # (A search that takes too long is continued in parts.)
+            assert status == 503 or (statement, kind, status) == ("jobs", "timeout", 200), (statement, when, kind)
             assert web.ask("GET", "/metrics")[0] == 200

@@ -322,9 +322,9 @@ def test_an_operator_hears_what_became_of_a_verb_that_waited_for_a_claim(rivals:
 def test_an_operator_who_came_too_late_hears_what_the_job_has_become(rivals: Rivals) -> None:
     rivals.prepare("running")
     assert rivals.first(finishes)
-    second = rivals.second(lambda it, run: run("cancel", id=it.id, by="me", stop="cancel"), waits=True)
+    second = rivals.second(lambda it, run: run("cancel", id=[it.id], by="me", stop="cancel"), waits=True)
     rivals.end(commit=True)
-    assert second.result(10)[0][:2] == ("COMPLETED", False)
+    assert second.result(10)[0][1:3] == ("COMPLETED", False)
 
 
 @pytest.mark.parametrize("sleep_ms", [1, 2])

@@ -42,7 +42,7 @@ ISSUED_HERE = Tokens(installation())
 
 def payload(**changes: Any) -> dict[str, Any]:
     now = time.time()
-    good = {"iss": "jobsys", "aud": "jobsys", "sub": "billing", "jti": "1", "scope": "jobs:read", "iat": now, "nbf": now, "exp": now + 60}
+    good = {"iss": "jobsys", "aud": "jobsys", "sub": "billing", "jti": "1", "scope": "jobs:read", "iat": now, "nbf": now, "exp": now + 3600}
     return {name: value for name, value in (good | changes).items() if value is not ...}
 
 

@@ -145,8 +145,9 @@ def test_five_hundred_wait_without_a_thread_or_a_connection_to_the_database_for_
     assert [submitting.post() for _ in range(50)] == [202] * 50
     assert all(client.is_silent() for client, _ in waiting)
     # In each process the main one, two that serve, one that looks for all of them, one that watches the
-    # connections to the database, and one that reports what was measured.
-    assert [process.num_threads() for process in web.family if process.pid != web.pid] == [1 + 2 + 3] * 2
+    # connections to the database, and one that reports what was measured; but some processes get no connection.
+    threads = [process.num_threads() for process in web.family if process.pid != web.pid]
+    assert len(threads) == 2 and max(threads) == 1 + 2 + 3
     counted = "select count(*) from pg_stat_activity where datname = current_database() and application_name = 'jobsys'"
     assert execute(str(settings.database_url), counted)[0][0] <= 2 * (2 + 2) + 1  # who looks and who reports have one each; one is ours
 
