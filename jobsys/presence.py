@@ -181,8 +181,6 @@ class Presence:
         self.work.expected.discard(job)
         if outcome.statement in ("retry", "bury") and not job.job.completing:
             self._count_failure(outcome)
-        if job.outcome is None:
-            job.ended_at = time.monotonic()
         self.settlements.add(outcome)
         self.running.discard(job)
         if self.suspect == job.message_id:
