@@ -188,22 +188,28 @@ def test_clients_that_send_ahead_without_end_leave_others_their_turn(web: Runnin
     assert slowest < 2
 
 
+def ask_and_take_nothing(web: Running, question: bytes, clients: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Clients that read no answer; the server has answered somebody else meanwhile."""
+    asked = []
+    for _ in range(clients):
+        client = stack.enter_context(contextlib.closing(socket.socket()))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", urlsplit(web.url).port or 0))
+        client.sendall(question)
+        asked.append(client)
+    time.sleep(1.5)
+    began = time.monotonic()
+    assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+    assert time.monotonic() - began < 2
+    return asked
+
+
 def test_clients_that_do_not_take_their_answers_hold_no_thread(web: Running, system: JobSystem) -> None:
     job_id = system.submit("TEST_JOB", {"text": "x" * 200_000}).id
     question = f"GET /jobs/{job_id} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with contextlib.ExitStack() as stack:
-        clients = []
-        for _ in range(8):
-            client = stack.enter_context(contextlib.closing(socket.socket()))
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.settimeout(20)
-            client.connect(("127.0.0.1", urlsplit(web.url).port or 0))
-            client.sendall(question * 40)
-            clients.append(client)
-        time.sleep(2)
-        began = time.monotonic()
-        assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
-        assert time.monotonic() - began < 2
+        clients = ask_and_take_nothing(web, question * 40, 8, stack)
         # Whoever reads after all gets each answer whole, and may half-close before.
         clients[0].shutdown(socket.SHUT_WR)
         with clients[0].makefile("rb") as answers:
@@ -218,18 +224,7 @@ def test_a_file_that_nobody_takes_holds_no_thread(web: Running) -> None:
     """The largest answer that is given to everybody, credentials or not."""
     path = "/docs/swagger-ui-bundle.js"
     with contextlib.ExitStack() as stack:
-        clients = []
-        for _ in range(12):
-            client = stack.enter_context(contextlib.closing(socket.socket()))
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.settimeout(20)
-            client.connect(("127.0.0.1", urlsplit(web.url).port or 0))
-            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-            clients.append(client)
-        time.sleep(1)
-        began = time.monotonic()
-        assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
-        assert time.monotonic() - began < 2
+        clients = ask_and_take_nothing(web, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(), 12, stack)
         with clients[-1].makefile("rb") as answer:
             head = b"".join(iter(answer.readline, b"\r\n"))
             length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
