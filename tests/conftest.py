@@ -38,7 +38,10 @@ CHECKOUT = Path(__file__).parent.parent
 T = TypeVar("T")
 
 
-SLOW = ("test_worker.py", "test_abuse.py", "test_failed_statements.py", "test_migrations.py", "test_chaos.py", "test_dev.py")
+SLOW = (
+    *("test_worker.py", "test_abuse.py", "test_failed_statements.py", "test_schemathesis.py", "test_dev.py", "test_chaos.py"),
+    *("test_migrations.py", "test_deployment.py", "test_smoke.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
