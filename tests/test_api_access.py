@@ -369,7 +369,8 @@ def test_five_wrong_logins_a_minute_and_no_more(closed: webtest.TestApp) -> None
     for number, wrong in enumerate(({"username": USER, "password": "x"}, {"username": "nobody", "password": PASSWORD}) * 2):
         answer = closed.post_json("/api/login", wrong, status=401)
         assert answer.json["detail"] == "wrong user name or password" and "WWW-Authenticate" in answer.headers, number
-    closed.get("/admin/jobs", headers=basic("root:wrong"), status=401)  # counts as well
+    wrong = closed.get("/admin/jobs", headers=basic("root:wrong"), status=401)  # counts as well
+    assert wrong.json["detail"] == "wrong user name or password" and "Basic" in wrong.headers["WWW-Authenticate"]
     for refused in (
         closed.post_json("/api/login", {"username": USER, "password": PASSWORD}, status=429),
         closed.get("/admin/jobs", headers=RIGHT, status=429),

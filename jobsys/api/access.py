@@ -138,8 +138,10 @@ class Access:
         if scheme.lower() == "bearer" and credentials.strip() and self.tokens is not None:
             self._take_token(req, self.tokens, scope, credentials.strip())
             return True
-        if not (scheme.lower() == "basic" and for_passwords and self._take_password(req, credentials.strip())):
+        if not (scheme.lower() == "basic" and for_passwords):
             raise self._unauthorized(for_passwords)
+        if not self._take_password(req, credentials.strip()):
+            raise self._unauthorized(for_passwords, "wrong user name or password")
         return False
 
     def _take_token(self, req: falcon.Request, tokens: Tokens, scope: str, token: str) -> None:
@@ -166,14 +168,14 @@ class Access:
         req.context.user, req.context.may_act = user.name, user.may_act
         return True
 
-    def _unauthorized(self, for_passwords: bool) -> Problem:
+    def _unauthorized(self, for_passwords: bool, detail: str | None = None) -> Problem:
         ways = []
         if for_passwords:
             ways.append("a user name and password (HTTP Basic)")
         if self.tokens is not None:
             ways.append("a token (Authorization: Bearer …) from POST /api/login or `jobsys token`")
         challenges = [_BASIC] * for_passwords + [_BEARER] * (self.tokens is not None)
-        return Problem(401, f"this needs {', or '.join(ways)}", headers={"WWW-Authenticate": ", ".join(challenges)})
+        return Problem(401, detail or f"this needs {', or '.join(ways)}", headers={"WWW-Authenticate": ", ".join(challenges)})
 
     def _check_host(self, host: str | None) -> None:
         # A web page elsewhere can have its own name lead to this machine; without credentials only the name tells.
