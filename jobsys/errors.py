@@ -133,7 +133,7 @@ _SPEAKS_FOR_ITSELF = ("job type ", "priority ", "status ", "idempotency key ")
 
 
 def _sentence(error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if str(error["msg"]).startswith(_SPEAKS_FOR_ITSELF):
-        return str(error["msg"])
-    return f"{where}: {error['msg']}" if where else str(error["msg"])
+    loc, said = error["loc"], str(error["msg"])
+    item = f"item {loc[0]}: " if loc and isinstance(loc[0], int) else ""  # of many
+    where = "" if said.startswith(_SPEAKS_FOR_ITSELF) else ".".join(str(part) for part in (loc[1:] if item else loc))
+    return f"{item}{where}: {said}" if where else item + said

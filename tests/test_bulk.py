@@ -89,6 +89,10 @@ def test_what_is_wrong_is_named_with_the_number_of_its_item_and_nothing_is_made(
     for body, headers in ((json.dumps(items).encode(), JSON), (lines(items), LINES)):
         problem = api.post("/jobs/bulk", body, headers, status=422)
         assert [error["loc"] for error in problem.json["errors"]] == [[7, "type"], [9, "payload", "a"], [200, "delay"], [200, "colour"]]
+        said = problem.json["detail"]
+        assert (
+            said.startswith('item 7: job type "NOPE"') and "; item 9: payload.a: contains" in said and "; item 200: colour: is not" in said
+        )
     problem = api.post("/jobs/bulk", lines([{"type": "NOPE"}] * 9000), LINES, status=422)
     assert places(problem) == list(range(50)), "no more than a person would read"
     assert system.totals()["jobs_created"] == 0
