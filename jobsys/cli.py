@@ -498,7 +498,8 @@ def _each(ids: Iterable[str], act: Callable[[JobSystem, str], str]) -> int:
 
 def _many(verb: str, ids: tuple[str, ...], filters: dict[str, Any], everything: bool) -> int:
     if [bool(ids), bool(filters), everything].count(True) != 1:
-        raise click.UsageError("say which jobs: their ids, or --status, --type, --queue, --priority, --group or --search, or --all")
+        ways = "their ids, or --status, --type, --queue, --priority, --group or --search, or --all"
+        raise click.UsageError(f"say which jobs: {ways} (only one of these three)")
     from jobsys.verbs import VERBS
 
     system = _system()

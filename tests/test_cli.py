@@ -299,7 +299,7 @@ def test_jobs_that_options_describe_are_cancelled_and_retried_all_together(jobsy
     assert said.code == 1 and "a job that is COMPLETED can't be retried" in said.err
     for words in ([], [other, "--all"], ["--all", "--type", "TEST_JOB"]):
         said = jobsys("cancel", *words)
-        assert said.code == 2 and "say which jobs: their ids, or --status" in said.err, words
+        assert said.code == 2 and "say which jobs: their ids, or --status" in said.err and "only one of these" in said.err, words
 
 
 def test_on_a_terminal_there_are_tables_colours_and_a_progress_bar(settings: Settings, system: JobSystem, worker: Any) -> None:
