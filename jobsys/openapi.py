@@ -170,7 +170,7 @@ def document(routes: Routes, types: Registry, text: str) -> dict[str, Any]:
             "responses": dict(sorted(made.responses.items())),
             "parameters": shared,
             "headers": {each.name: _header(each) for each in routes.headers} | made.headers,
-            "securitySchemes": dict(routes.schemes),
+            **({"securitySchemes": dict(routes.schemes)} if routes.schemes else {}),  # an empty one gets a button on the page
         },
     }
 
