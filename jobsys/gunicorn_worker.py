@@ -2,7 +2,8 @@
 
 As it comes, a client that has connected and says nothing, or stops in the middle of a request, holds a thread: a few of them stop the
 service. And a connection that ends badly is closed in the thread that accepts all others, up to 2 s each. Here a thread is
-taken only once something has arrived, a request must arrive at a decent pace, and each thread closes its own connections.
+taken only once a request has arrived, as far as it is not large; it must arrive at a decent pace; and no thread waits for a client to
+close its connection.
 
 As it comes, one thread also hands each request to another and takes the connection back, and both want the interpreter's lock for it.
 Here the threads themselves wait for the next request, of whichever connection.
@@ -18,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import select
 import selectors
 import socket
@@ -35,9 +37,11 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 from jobsys.api.envelope import HEADERS, UNLESS_SET
 
 PATIENCE, HURRY = 4.0, 1.5
-"""Seconds a request may take to arrive while other threads are free, and while none is…"""
+"""Seconds a request may take to arrive; and what is left of a large one when a thread has begun to read it, while none other is free…"""
 PACE = 20_000
 """…and the bytes that earn it one second more."""
+AHEAD = 64 * 1024
+"""Bytes of a request that are waited for without a thread. A body that says it is longer is the application's to read, or to refuse."""
 LONGEST_SEND = 60.0
 """Seconds that an answer which waits may go without its client's taking any of it."""
 KEPT, KEPT_IN_ALL = 2 * 1024**2, 64 * 1024**2
@@ -46,6 +50,10 @@ PIECE, LONGEST_PIECE = 256 * 1024, 4.0
 """…waits, and each so many bytes may take LONGEST_SEND to leave, or so many seconds where half of the threads are taken."""
 LINGER = 0.5
 """Seconds to wait, before closing, for a client that still sends: closing at once would cost it the answer."""
+ROOM = 20
+"""When there are as many connections as may be, one in so many is closed for others to come: of those that wait for a request."""
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNORECASE)
+_EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
 class Exchange:
@@ -162,8 +170,7 @@ class Exchange:
 
     def stays(self) -> bool:
         """Whether the connection, after the answer, is good for another request."""
-        self.connection.sock.deadline = time.monotonic() + HURRY
-        return self._stays and bool(self.connection.parser.finish_body(deadline=self.connection.sock.deadline))
+        return self._stays and self.connection.sock.reads_on(self.connection.parser)
 
 
 class Postponed(BaseException):
@@ -177,7 +184,10 @@ class PatientSocket(socket.socket):
     """A connection whose `deadline` (of the monotonic clock) ends every wait for the client; what arrives puts it off."""
 
     deadline = math.inf
-    late = False
+    arrived = b""
+    """What has come and was not read yet."""
+    lingers = False
+    """Whether everything was said, and only its client's end is waited for."""
     unsent = b""
     patience = LONGEST_PIECE
     """For whoever takes an answer, while a thread waits."""
@@ -214,13 +224,61 @@ class PatientSocket(socket.socket):
         unsent, self.unsent = bytearray(self.unsent), b""
         return unsent
 
+    def goes_on(self) -> bool:
+        """Take in what has come, without waiting. Whether a thread is needed: for a request, or because the client has gone."""
+        self.setblocking(False)
+        try:
+            data = super().recv(AHEAD)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        if not data or self.lingers:
+            return not data
+        self.arrived += data
+        self.deadline = (time.monotonic() + PATIENCE if self.deadline == math.inf else self.deadline) + len(data) / PACE
+        return self.has_request()
+
+    def has_request(self) -> bool:
+        """Whether a whole request has come, or as much of a large one as is waited for. Who wants to be told to go on is told."""
+        head = self.arrived.find(b"\r\n\r\n") + 4
+        fields = self.arrived[: head - 2] if head >= 4 else b""
+        if not fields or len(self.arrived) > AHEAD:
+            whole = len(self.arrived) > AHEAD
+        elif length := _LENGTH.search(fields):
+            whole = len(self.arrived) - head >= int(length[1]) or int(length[1]) > AHEAD
+        else:
+            chunked = b"\r\ntransfer-encoding:" in fields.lower()
+            whole = not chunked or self.arrived.endswith(b"\r\n\r\n", head) or b"\r\n0\r\n\r\n" in self.arrived[head:]
+        if whole:
+            self.deadline = math.inf
+        elif _EXPECTS.search(fields) and b" HTTP/1.1\r\n" in fields:
+            with contextlib.suppress(OSError):
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.arrived = _EXPECTS.sub(b"", fields, 1) + self.arrived[head - 2 :]
+        return whole
+
+    def reads_on(self, parser: Any) -> bool:
+        """Whether the connection is good for another request: what the application left of the body has come, and is read now."""
+        self.deadline = 0.0
+        try:
+            if not parser.finish_body(deadline=time.monotonic() + HURRY):
+                return False
+        except OSError:
+            return False
+        self.arrived = parser.unreader.take_buffered() + self.arrived
+        self.deadline = time.monotonic() + PATIENCE if self.arrived else math.inf
+        return True
+
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         """Like socket.recv. Raises TimeoutError at the deadline, with an errno that gunicorn passes over in silence."""
+        if self.arrived:
+            data, self.arrived = self.arrived[:size], self.arrived[size:]
+            return data
         self.settimeout(max(0.001, self.deadline - time.monotonic()) if self.deadline < math.inf else None)
         try:
             data = super().recv(size, flags)
         except TimeoutError:
-            self.late = True
             raise TimeoutError(errno.ECONNRESET, "the request did not arrive in time") from None
         self.settimeout(self.patience)
         self.deadline += len(data) / PACE
@@ -293,6 +351,8 @@ class Idle:
         self._readable = Readable()
         self._connections: dict[int, TConn] = {}
         """By file descriptor, in the order in which they became idle."""
+        self._arriving: dict[int, TConn] = {}
+        """By file descriptor, too: those of which not all has come that is waited for."""
         self._later: dict[int, Exchange] = {}
         """By file descriptor, too. Whoever removes one, with the lock, has it and its connection for himself."""
         self._lock = threading.Lock()
@@ -302,18 +362,18 @@ class Idle:
         self._readable.watch(self._bell)
 
     def __len__(self) -> int:
-        return len(self._connections) + len(self._later) + len(self._ready)
+        return len(self._connections) + len(self._arriving) + len(self._later) + len(self._ready)
 
     def bytes_kept(self) -> int:
         """How much of answers waits for clients to take it."""
         return sum(len(exchange.unsent) for exchange in list(self._later.values()))
 
     def add(self, connection: TConn) -> None:
-        """Wait for its next request."""
+        """Wait for its next request, or the rest of it, or for its end."""
         connection.set_timeout()
         descriptor = connection.sock.fileno()
         # In this order, and from here on the connection may be another thread's: should it be closed meanwhile, there is nothing to watch.
-        self._connections[descriptor] = connection
+        (self._connections if connection.sock.deadline == math.inf else self._arriving)[descriptor] = connection
         with contextlib.suppress(OSError):
             self._readable.watch(descriptor)
 
@@ -353,7 +413,7 @@ class Idle:
         """Wait until one of them goes on; it is the caller's then."""
         while True:
             descriptor, gone = self._readable.next()
-            connection = self._connections.pop(descriptor, None)
+            connection = self._connections.pop(descriptor, None) or self._arriving.pop(descriptor, None)
             if connection is not None:
                 return connection
             if descriptor == self._bell:
@@ -370,9 +430,14 @@ class Idle:
         self._ready.append(which)
         os.write(self._rope, b"!")
 
-    def take_late(self, moment: float) -> list[TConn]:
-        """Those whose time for another request is over at that moment, and that have sent none; they are the caller's then."""
-        late = dict(itertools.takewhile(lambda each: each[1].timeout <= moment, list(self._connections.items())))
+    def take_late(self, moment: float, most_others: int) -> list[TConn]:
+        """Those whose time for another request is over at that moment, and of the others those that have been idle for
+        longest, as far as they have sent nothing. They are the caller's then. Whoever is late with what he has begun, a thread tells so."""
+        for descriptor, connection in list(self._arriving.items()):
+            if connection.sock.deadline < time.monotonic() and self._arriving.pop(descriptor, None) is not None:
+                self.put_behind(connection)
+        waiting = list(self._connections.items())
+        late = dict(itertools.takewhile(lambda each: each[1].timeout <= moment, waiting)) | dict(waiting[:most_others])
         arrived = select.poll()
         for descriptor in late:
             arrived.register(descriptor, select.POLLIN)
@@ -426,9 +491,9 @@ class PatientWorker(ThreadWorker):
             threading.Thread(target=self._serve, name="jobsys web", daemon=True).start()
         while self.alive and self.is_parent_alive():
             self.notify()
+            self._close_late(time.monotonic(), self.worker_connections // ROOM if self.nr_conns >= self.worker_connections else 0)
             self.set_accept_enabled(self.nr_conns < self.worker_connections)
             self.wait_for_and_dispatch_events(1.0)
-            self._close_late(time.monotonic())
             self.keepalived_conns.end_exchanges(stuck_since=time.monotonic() - LONGEST_SEND)
         self.alive = False
         self.set_accept_enabled(False)
@@ -444,7 +509,7 @@ class PatientWorker(ThreadWorker):
 
     def handle(self, conn: TConn) -> Any:
         taken = self.nr_conns - len(self.keepalived_conns)
-        conn.sock.deadline = time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY)
+        conn.sock.deadline = min(conn.sock.deadline, time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY))
         conn.sock.patience = LONGEST_SEND if taken <= self.cfg.threads // 2 else LONGEST_PIECE
         try:
             keep = super().handle(conn)
@@ -454,29 +519,40 @@ class PatientWorker(ThreadWorker):
             return exchange
         if conn.sock.unsent and conn.sock.fileno() >= 0:
             return Exchange.with_rest_of_answer(self, conn, bool(keep))
-        if keep is False:
-            self._close_calmly(conn)
         return keep
 
-    def _close_calmly(self, connection: TConn) -> None:
-        if not connection.sock.late:
-            connection.sock.deadline = time.monotonic() + LINGER
-            util.close_graceful(connection.sock, timeout=LINGER)
+    def _keepalive_after(self, conn: TConn, keepalive: bool) -> bool:
+        return keepalive and conn.sock.reads_on(conn.parser)
+
+    def _linger(self, connection: TConn) -> bool:
+        """Say that nothing more will come. Whether its client is there to hear it."""
+        try:
+            connection.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return False
+        connection.sock.lingers, connection.sock.arrived, connection.sock.deadline = True, b"", time.monotonic() + LINGER
+        return True
 
     def _serve(self) -> None:
         while True:
             taken = self.keepalived_conns.take()
             connection = taken.connection if isinstance(taken, Exchange) else taken
             try:
-                keep = self._resume(taken) if isinstance(taken, Exchange) else self.handle(connection)
+                if isinstance(taken, Exchange):
+                    keep = self._resume(taken)
+                elif not (connection.sock.has_request() or connection.sock.goes_on()) and connection.sock.deadline > time.monotonic():
+                    self.keepalived_conns.add(connection)
+                    continue
+                else:
+                    keep = not connection.sock.lingers and self.handle(connection)
                 if isinstance(keep, Exchange):
                     self._wait_with(keep)
                     continue
-                if keep and connection.parser.unreader.buf.getvalue():
+                if keep and connection.sock.has_request():
                     # Of a client that doesn't wait for answers, the next request came along with this one. Others have their turn first.
                     self.keepalived_conns.put_behind(connection)
                     continue
-                if keep:
+                if keep or (not connection.sock.lingers and self._linger(connection)):
                     self.keepalived_conns.add(connection)
                     continue
             except BaseException:  # also SystemExit: the thread has others to serve
@@ -508,8 +584,6 @@ class PatientWorker(ThreadWorker):
                 sent = exchange.flush()
             again = not ((sent and exchange.ended) or exchange.over)
             stays = not again and exchange.stays()
-            if not (again or stays or exchange.over):
-                self._close_calmly(exchange.connection)
         except OSError:  # the client has gone
             if not exchange.ended:
                 exchange.over = True
@@ -529,8 +603,8 @@ class PatientWorker(ThreadWorker):
         if not self._accepting:
             self.method_queue.defer(lambda: None)  # the main thread may accept again, or end
 
-    def _close_late(self, moment: float) -> None:
-        for connection in self.keepalived_conns.take_late(moment):
+    def _close_late(self, moment: float, most_others: int = 0) -> None:
+        for connection in self.keepalived_conns.take_late(moment, most_others):
             self._end(connection)
 
     def _count_connections(self, change: int) -> None:

@@ -91,6 +91,60 @@ def test_slow_clients_do_not_stop_the_service(start_web: Start) -> None:
     assert "Traceback" not in web.output
 
 
+def test_requests_that_have_not_arrived_yet_hold_no_thread(start_web: Start) -> None:
+    web = start_web(WEB_PROCESSES=1, WEB_THREADS=1)
+    question = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    begun = [
+        b"GET /health/live HTTP/1.1\r\nHost:",
+        POST + b"Content-Length: 200\r\n\r\n{",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{",
+        POST + b"Content-Length: 200\r\nExpect: 100-continue\r\n\r\n",
+        question + b"GET /health/live",
+    ]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(connect(web))) for _ in range(20 * len(begun))]
+        for number, client in enumerate(clients):
+            client.sendall(begun[number % len(begun)])
+        assert clients[3].recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert exchange(web, question)[0] == 200
+        clients[1].sendall(b'"delay": 1' + b" " * 188 + b"}")
+        clients[2].sendall(b"}\r\n0\r\n\r\n")
+        clients[3].sendall(b"{}" + b" " * 198)
+        for client in clients[1:4]:
+            assert client.recv(1000).startswith(b"HTTP/1.1 202 ")
+        # All this while most of the others were there, and said nothing.
+        for client in clients:
+            client.setblocking(False)
+        waiting = 0
+        for client in clients[5:]:
+            with contextlib.suppress(BlockingIOError):
+                while client.recv(65536):
+                    pass
+                continue
+            waiting += 1
+        assert waiting > 50
+
+
+def test_clients_that_do_not_close_hold_no_thread(start_web: Start) -> None:
+    web = start_web(WEB_PROCESSES=1, WEB_THREADS=1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            client = stack.enter_context(contextlib.closing(connect(web)))
+            client.sendall(POST.replace(b"/jobs", b"/nowhere") + b"Content-Length: 60000\r\nConnection: close\r\n\r\n")
+        assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+
+
+def test_when_there_are_as_many_connections_as_may_be_the_idle_ones_make_room(start_web: Start) -> None:
+    web = start_web(WEB_PROCESSES=1, WEB_THREADS=1, GUNICORN_CMD_ARGS="--worker-connections 20")
+    question = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(connect(web))) for _ in range(60)]
+        assert exchange(web, question)[0] == 200
+        assert clients[0].recv(1) == b"", "whoever has been idle for longest"
+        clients[-1].sendall(question)
+        assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
 def test_requests_the_server_refuses_are_refused_in_the_shape_of_all_others(web: Running) -> None:
     large = b"x" * 65536
     for status, *pieces in (
