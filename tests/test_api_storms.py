@@ -134,6 +134,11 @@ def test_bad_bodies_all_at_once_are_each_refused_and_others_are_served_meanwhile
 
 def test_a_body_is_read_as_far_as_it_says_and_no_further(start_web: Start) -> None:
     web = start_web(WEB_PROCESSES=1, WEB_THREADS=2)
+    address = urlsplit(web.url)
+    with contextlib.closing(socket.create_connection((address.hostname or "", address.port or 0), timeout=20)) as client:
+        client.sendall(post(JSON, b"Content-Length: 50\r\n") + b"{}")
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1000).startswith(b"HTTP/1.1 400 "), "whoever cut it off, it is not what was meant"
     status, _, body = exchange(web, post(JSON, b"Content-Length: 2\r\n") + b'{}, "and": "more"}')
     assert status == 202 and json.loads(body)["status"] == "PENDING"
     assert exchange(web, b"HEAD /jobs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}")[0] == 200

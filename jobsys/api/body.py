@@ -93,6 +93,8 @@ def _read(req: falcon.Request, limit: int) -> bytes:
     raw = read_some(req, length)
     if len(raw) > limit:
         raise too_large(limit)
+    if len(raw) < (req.content_length or 0):
+        raise Problem(400, f"the body ended after {len(raw)} of {length} bytes")
     return raw
 
 
