@@ -11,7 +11,8 @@
     ├── InvalidToken            a bearer token counts for nothing
     ├── TooManyTries            wrong passwords came too often (`seconds` until the next may be tried)
     └── DatabaseUnavailable     PostgreSQL can't be reached, or did not answer in time
-        └── NotMigrated         it answers, and has no tables of jobsys, or older ones
+        ├── NotMigrated         it answers, and has no tables of jobsys, or older ones
+        └── TooManySearches     it has enough to do with others
 
 Three more belong to job functions and are not JobsysErrors:
 
@@ -108,6 +109,13 @@ class NotMigrated(DatabaseUnavailable):
 
     def __init__(self) -> None:
         super().__init__("the database has no tables of jobsys, or older ones: run `jobsys migrate`")
+
+
+class TooManySearches(DatabaseUnavailable):
+    """As many searches as may look through the jobs at the same time do so."""
+
+    def __init__(self) -> None:
+        super().__init__("too many searches at the same time; try again soon, or name a status, type or queue")
 
 
 class NotCommitted(Exception):

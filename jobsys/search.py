@@ -3,20 +3,26 @@
 An index for every filter would be paid for by every job, three times. So a search that PostgreSQL can't answer in HASTE is cancelled there,
 and looks through the jobs part by part instead, the newest first, until TIME is up. The page it makes may be short, even empty; its cursor
 goes on where it ended.
+
+That takes a thread of the web server, and a CPU of the database, for seconds. So only AT_ONCE may do it at the same time, and whoever comes
+beside them has HASTED, which is enough for what an index finds.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, NamedTuple
 
 import psycopg2
 
 from jobsys import db
-from jobsys.errors import DatabaseUnavailable
+from jobsys.errors import DatabaseUnavailable, TooManySearches
 
-HASTE = 1.0
-"""Seconds for the database to find a page in its own way."""
+HASTE, HASTED = 1.0, 0.2
+"""Seconds for the database to find a page in its own way; and while AT_ONCE searches look through the jobs."""
+AT_ONCE = 2
+"""So many in each process."""
 TIME = 1.5
 """Seconds after which no further part is begun."""
 LONGEST_PART = 3.0
@@ -24,6 +30,8 @@ LONGEST_PART = 3.0
 FIRST_PART, FIRST_ROWS = 10_000, 8
 """Jobs that are looked through, and those of them that are read, large as they may be. What took less than a fifth of a second is followed
 by twice as much."""
+
+_free = threading.Semaphore(AT_ONCE)
 
 
 class Condition(NamedTuple):
@@ -35,14 +43,26 @@ class Condition(NamedTuple):
 
 def search(database: db.Database, where: Condition, *, limit: int, cursor: str | None) -> tuple[list[db.Row], str | None, bool]:
     """Rows of the statement `jobs` for which `where` holds, newest first, from `cursor` on; the cursor that continues them, None at the
-    end; and whether time was up before there were `limit`. Raises DatabaseUnavailable."""
+    end; and whether time was up before there were `limit`. Raises DatabaseUnavailable, TooManySearches."""
+    if free := _free.acquire(blocking=False):
+        _free.release()
     try:
-        found = _read(database, where, limit, _part(cursor), HASTE)
+        found = _read(database, where, limit, _part(cursor), HASTE if free else HASTED)
         return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
     except DatabaseUnavailable as error:
         if not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
             raise
-    found, size, rows, deadline = [], FIRST_PART, FIRST_ROWS, time.monotonic() + TIME
+        if not _free.acquire(blocking=False):
+            raise TooManySearches from error
+    try:
+        return _look_through(database, where, limit, cursor)
+    finally:
+        _free.release()
+
+
+def _look_through(database: db.Database, where: Condition, limit: int, cursor: str | None) -> tuple[list[db.Row], str | None, bool]:
+    found: list[db.Row] = []
+    size, rows, deadline = FIRST_PART, FIRST_ROWS, time.monotonic() + TIME
     while True:
         began = time.monotonic()
         [(end,)] = database.run("end_of_part", before=cursor, size=size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import psycopg2
 import pytest
 import webtest
@@ -96,6 +98,23 @@ def test_what_is_given_up_is_given_up_in_the_database_too(many: str, system: Job
         many, "select count(*) from pg_stat_activity where state = 'active' and query like '%pg_sleep(1)%' and pid <> pg_backend_pid()"
     ) == [(0,)]
     assert system.jobs(limit=3).jobs, "the connection is as it was"
+
+
+def test_only_so_many_look_through_the_jobs_at_the_same_time(
+    many: str, hasty: None, settings: Settings, system: JobSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = webtest.TestApp(create_app(settings, system))
+    with contextlib.ExitStack() as others:
+        for _ in range(search.AT_ONCE):
+            others.enter_context(search._free)
+        assert web.get("/jobs?status=FAILED").json == {"jobs": [], "nextCursor": None}, "what an index finds"
+        monkeypatch.setattr(search, "HASTED", 0.001)
+        refused = web.get("/jobs?q=nowhere", status=503)
+        assert "too many searches" in refused.json["detail"] and refused.headers["Retry-After"]
+        web.get("/admin/ui/jobs?q=nowhere", status=503)
+    assert web.get("/jobs?q=nowhere").json["nextCursor"]
+    assert all(search._free.acquire(blocking=False) for _ in range(search.AT_ONCE)), "each was given back"
+    search._free.release(search.AT_ONCE)
 
 
 def test_the_list_and_the_page_say_that_there_may_be_more(many: str, hasty: None, settings: Settings, system: JobSystem) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from jobsys import logs
-from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, NotMigrated, TooManyTries, WrongState
+from jobsys.errors import DatabaseUnavailable, InvalidSubmission, JobNotFound, NotMigrated, TooManySearches, TooManyTries, WrongState
 from jobsys.openapi import Answer, Parameter
 
 log = logs.get(__name__)
@@ -149,7 +149,7 @@ def _too_many(_req: falcon.Request, _resp: falcon.Response, error: TooManyTries,
 def _unavailable(_req: falcon.Request, _resp: falcon.Response, error: DatabaseUnavailable, _params: dict[str, Any]) -> None:
     log.warning("database unavailable", error=str(error))
     away = "the database is away, or did not answer in time; try again soon, with an Idempotency-Key where a job may not be made twice"
-    raise Problem(503, str(error) if isinstance(error, NotMigrated) else away, headers={"Retry-After": str(RETRY_AFTER)})
+    raise Problem(503, str(error) if isinstance(error, (NotMigrated, TooManySearches)) else away, headers={"Retry-After": str(RETRY_AFTER)})
 
 
 def _unforeseen(req: falcon.Request, _resp: falcon.Response, error: Exception, _params: dict[str, Any]) -> None:
