@@ -731,6 +731,18 @@ def test_durations_are_said_in_at_most_two_units(seconds: float, said: str) -> N
 
 
 @pytest.mark.browser
+def test_in_a_browser_long_names_fit_a_phone(browser: Any, start_web: Callable[..., Running], add_job: Callable[..., str]) -> None:
+    web, id = start_web(), add_job("FAILED", type="A_TYPE_" * 12, queue="a-queue-" * 12)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": False})
+    for path in ("", "/jobs", f"/jobs/{id}", "/many/retry?status=FAILED"):
+        browser.get(f"{web.url}/admin/ui{path}")
+        assert browser.execute_script("const {scrollWidth, clientWidth} = document.documentElement; return scrollWidth === clientWidth"), (
+            path
+        )
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.browser
 def test_in_a_browser_retry_works_and_the_page_keeps_up_by_itself(
     browser: Any, start_web: Callable[..., Running], add_job: Callable[..., str], database_url: str
 ) -> None:
