@@ -123,6 +123,8 @@ def test_the_list_and_the_page_say_that_there_may_be_more(many: str, hasty: None
     assert answer["jobs"] == [] and answer["nextCursor"]
     page = web.get("/admin/ui/jobs", {"q": "nowhere"})
     assert "No job matches so far" in page.text
+    some = web.get("/admin/ui/jobs", {"q": "RARE"})
+    assert some.html.select("tbody tr") and "There are more jobs than can be looked through" in some.html.nav.find_next("nav").text
     while "Look further" in page.text:
         page = page.click("Look further")
     assert "There is nothing older" in page.text
