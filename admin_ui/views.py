@@ -203,13 +203,14 @@ class AdminUI:
         as_of = _moment(req.get_param("as_of")) or self.system.now()
         count = self.system.count_matching(known.name, as_of=as_of, **_wanted(filters))
         some = "more than " if count > verbs.MOST else ""
-        jobs = f"{some}{plural(min(count, verbs.MOST), 'job')}" if count else "no job"
+        jobs = f"{some}{plural(min(count, verbs.MOST), 'job')}"
+        headline = f"{known.label} {jobs}?" if count else f"No job to {known.label.lower()}"
         self._show(
             req,
             resp,
             "many",
-            title=f"{known.label} {jobs}?",
-            headline=f"{known.label} {jobs}?" if count else "No job matches",
+            title=headline,
+            headline=headline,
             verb=verb,
             label=f"{known.label} {jobs}",
             count=count,

@@ -387,7 +387,7 @@ def test_nothing_is_done_to_all_without_a_filter_a_token_and_a_confirmation(
     web.get("/admin/ui/many/retry", status=400)
     web.get("/admin/ui/many/retry?status=COMPLETED", status=400)
     web.get("/admin/ui/many/explode?status=FAILED", status=404)
-    assert web.get("/admin/ui/many/retry?type=NOPE").html.h1.text == "No job matches"
+    assert web.get("/admin/ui/many/retry?type=NOPE").html.h1.text == "No job to retry"
     token = Tokens(settings).make("admin")
     moment = datetime.now(timezone.utc).isoformat()
     web.post("/admin/ui/many/retry", {"status": "FAILED", "as_of": moment}, status=403)

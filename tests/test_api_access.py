@@ -540,9 +540,9 @@ def test_a_viewer_is_offered_no_button(closed: webtest.TestApp, settings: Settin
     system = JobSystem(settings)
     made = system.submit("TEST_JOB").id
     system.pause("default")
-    pages = ("/admin/ui", "/admin/ui/jobs", f"/admin/ui/jobs/{made}")
+    pages = ("/admin/ui", "/admin/ui/jobs", f"/admin/ui/jobs/{made}", "/admin/ui/many/cancel?type=TEST_JOB")
     offered = [len(closed.get(path, headers=RIGHT).html.select("form[method=post]")) for path in pages]
-    assert offered[0] and offered[2]
+    assert offered[0] and offered[2] and offered[3]
     for path in pages:
         page = closed.get(path, headers=VIEWER)
         assert not page.html.select("form[method=post]") and not page.html.select("input[name=csrf]")
