@@ -226,6 +226,9 @@ class AdminUI:
         form, known = self._form(req), _verb(verb)
         if "as_of" not in form:
             ids = [id for id in form.get("id", "").split(",") if id]
+            if not ids:
+                _redirect(resp, return_address(form.get("back", ""), "", done="none", of=verb))
+                return
             outcome = self.system.act_on_many(known.name, ids, by=_user(req))
             _redirect(resp, return_address(form.get("back", ""), "", done=f"{verb}-many", of=_numbers(outcome)))
             return
@@ -375,6 +378,8 @@ def _flash(req: falcon.Request) -> dict[str, str] | None:
         return {"title": f"Queue {of} is resumed.", "text": "Its jobs start again.", "job_id": ""}
     if done == "stop":
         return {"title": f"Job …{of[-12:]}:", "text": "It runs, was asked to stop, and ends at its next checkpoint.", "job_id": of}
+    if done == "none":
+        return {"title": "No job was selected.", "text": "Nothing was changed: tick the jobs that are meant.", "job_id": "", "tone": "warn"}
     if (many := done.removesuffix("-many")) != done and many in job_view.VERBS:
         return _done_to_many(job_view.VERBS[many], of)
     if done in job_view.VERBS:
