@@ -25,7 +25,8 @@ class Talk(Payload):
 @job("TALKER", max_retries=1)
 def talker(payload: Talk, job: Job) -> None:
     """Log, report, and at last raise everything it knows."""
-    known = [os.environ[name] for name in ("DATABASE_URL", "SMTP_PASSWORD", "ADMIN_PASS")]
+    names = ("DATABASE_URL", "SMTP_PASSWORD", "ADMIN_PASS", "VIEWER_PASS", "JWT_SECRET", "JWT_SECRET_PREVIOUS")
+    known = [os.environ[name] for name in names]
     for text in (*SLIPS, *known):
         job.log(text)
         logging.getLogger("talker").warning(text)

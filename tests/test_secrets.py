@@ -47,6 +47,7 @@ def settings(settings: Settings) -> Settings:
     if urlsplit(url).password is None:
         url = url.replace("@", ":" + quote("db@hush/7f3a:x", safe="") + "@", 1)
     secrets = {"database_url": url, "admin_user": "ada", "admin_pass": ADMIN, "smtp_user": "bob", "smtp_password": SMTP}
+    secrets |= {"viewer_user": "val", "viewer_pass": "viewer-hush-62"}
     return settings.model_copy(update={**secrets, "log_level": "DEBUG"})
 
 
@@ -100,7 +101,8 @@ def test_no_secret_comes_out_anywhere(
 ) -> None:
     log = tmp_path / "log"
     env = TYPES | {"LOG_FILE": str(log), "WEB_PROCESSES": 1}
-    web, worker = start_web(**env), start_worker(**env)
+    keys = {"JWT_SECRET": "the-hush-key-that-signs-the-tokens", "JWT_SECRET_PREVIOUS": "the-hush-key-that-signed-the-tokens"}
+    web, worker = start_web(**env), start_worker(**env, **keys)  # (with them the web server would answer nothing but 401)
     admin = {"Authorization": "Basic " + base64.b64encode(f"ada:{ADMIN}".encode()).decode()}
     wrong = {"Authorization": "Basic " + base64.b64encode(b"eve:basic-hush-1234").decode(), "Cookie": "session=cookie-hush-77"}
     bearer = {"Authorization": "Bearer bearer-hush-55c1.abc", "Cookie": "token=cookie-hush-78"}
