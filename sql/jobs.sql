@@ -1,5 +1,6 @@
 -- Reads, and the operator's verbs. A verb's guard stands in its WHERE and it returns what changed: a lost race is a fact.
--- Every verb leaves a line in `events` with who asked, in the same statement. For many jobs at once they are locked before, by `take`.
+-- Every verb leaves a line in `events` with who asked, in the same statement. For many jobs at once they are locked before, by `take`. The
+-- status is asked of `target`: of `jobs` it would lead the update to every job of that status, again for each that is meant.
 
 -- name: job
 select
@@ -110,7 +111,7 @@ with target as (
         finished_at = case when jobs.status = 'PROCESSING' then null else clock_timestamp() end,
         stop_requested = case when jobs.status = 'PROCESSING' then greatest(jobs.stop_requested, %(stop)s::stop_request) else jobs.stop_requested end
     from target
-    where jobs.id = target.id and jobs.status in ('SCHEDULED', 'PENDING', 'PROCESSING')
+    where jobs.id = target.id and target.status in ('SCHEDULED', 'PENDING', 'PROCESSING')
     returning jobs.id, jobs.status, jobs.attempt
 ), noted as (
     insert into events (job_id, kind, attempt, by)
@@ -128,7 +129,7 @@ with target as (
     set status = 'PENDING', attempt = 0, crashes = 0, run_at = clock_timestamp(), started_at = null, finished_at = null,
         worker = null, result = null, progress = null, stop_requested = null, options = options - 'retries'
     from target
-    where jobs.id = target.id and jobs.status in ('FAILED', 'DEAD', 'CANCELLED')
+    where jobs.id = target.id and target.status in ('FAILED', 'DEAD', 'CANCELLED')
     returning jobs.id, jobs.queue, jobs.type, target.status as ended, target.attempt, target.finished_at
 ), counted as (
     insert into tally_log (queue, type, status, entered, departed)
@@ -149,7 +150,7 @@ with target as (
     update jobs
     set status = 'DEAD', finished_at = clock_timestamp()
     from target
-    where jobs.id = target.id and jobs.status in ('FAILED', 'SCHEDULED', 'PENDING')
+    where jobs.id = target.id and target.status in ('FAILED', 'SCHEDULED', 'PENDING')
     returning jobs.id, jobs.attempt, target.status as ended, target.finished_at as ended_at, jobs.finished_at
 ), noted as (
     insert into events (job_id, at, kind, attempt, by, message)
@@ -171,18 +172,19 @@ where status = '{status}' and {conditions} and coalesce(finished_at, created_at)
     and (status <> 'PROCESSING' or stop_requested is null)
 
 -- name: take
--- Which of these jobs match (still)? Those that nobody else has locked are locked now.
+-- Which of these jobs match (still)? Those that nobody else has locked are locked now. Each is looked up by its id: of a status that many came
+-- to just now PostgreSQL believes that there are few, and would read all of them each time (so the text), and join one with each.
 with matching as (
     select id from jobs
-    where id = any(%(id)s::uuid[]) and status = any(%(status)s::job_status[])
+    where id = any(%(id)s::uuid[]) and status::text = any(%(status)s)
         and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
 ), free as (
     select id from jobs
-    where id = any(%(id)s::uuid[]) and status = any(%(status)s::job_status[])
+    where id = any(%(id)s::uuid[]) and status::text = any(%(status)s)
         and coalesce(finished_at, created_at) <= %(as_of)s and (status <> 'PROCESSING' or stop_requested is null)
     for update skip locked
 )
-select matching.id::text, free.id is not null from matching left join free using (id);
+select id::text, id in (select id from free) from matching;
 
 -- name: statuses
 select id::text, status from jobs where id = any(%(id)s::uuid[]);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import signal
 import socket
 import threading
@@ -20,7 +21,7 @@ import pytest
 import webtest
 from conftest import Running, eventually, execute
 
-from jobsys import verbs
+from jobsys import db, verbs
 from jobsys.app import create_app
 from jobsys.search import Condition
 from jobsys.settings import Settings
@@ -496,6 +497,21 @@ def test_an_index_leads_to_what_a_verb_can_be_asked_of(database_url: str, add_jo
         for status in verb.allowed:
             assert indexes.get(status, "jobs_retriable") in plan, plan
         assert "Seq Scan" not in plan and "jobs_pkey" not in plan, plan
+
+
+@pytest.mark.parametrize(("verb", "status"), [("retry", "FAILED"), ("bury", "FAILED"), ("bury", "PENDING"), ("cancel", "PENDING")])
+def test_of_a_status_that_many_came_to_just_now_not_all_are_read_each_time(
+    verb: str, status: str, database_url: str, add_jobs: Callable[..., list[str]]
+) -> None:
+    """PostgreSQL still believes that there are none."""
+    add_jobs("COMPLETED", 20_000)
+    execute(database_url, "analyze jobs")
+    asked = {"id": add_jobs(status, 5_000)[:1000], "status": [status], "as_of": datetime.now(timezone.utc), "by": "ann", "stop": "cancel"}
+    for name in ("take", verbs.VERBS[verb].statement):
+        with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
+            cursor.execute(f"set enable_seqscan = off; explain {db.STATEMENTS[name]}", asked)
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+        assert set(re.findall(r"Scan using (\w+) on jobs", plan)) == {"jobs_pkey"} and "Join Filter" not in plan, plan
 
 
 def test_however_many_jobs_there_are_no_transaction_has_more_than_a_thousand(
