@@ -420,7 +420,7 @@ def test_an_idempotency_key_makes_one_job_and_refuses_another(system: JobSystem)
 
 
 def test_submit_many_is_all_or_none_and_names_the_item(system: JobSystem) -> None:
-    with pytest.raises(Exception, match=r"1\.payload\.sleepMs") as caught:
+    with pytest.raises(Exception, match=r"item 1: payload\.sleepMs") as caught:
         system.submit_many([Submission("TEST_JOB"), Submission("TEST_JOB", {"sleepMs": "no"})])
     assert caught.value.errors[0]["loc"][:3] == [1, "payload", "sleepMs"]  # type: ignore[attr-defined]
     assert system.jobs().jobs == []
