@@ -41,7 +41,8 @@ PATIENCE, HURRY = 4.0, 1.5
 PACE = 20_000
 """…and the bytes that earn it one second more."""
 AHEAD = 64 * 1024
-"""Bytes of a request that are waited for without a thread. A body that says it is longer is the application's to read, or to refuse."""
+"""Bytes of a request that are waited for without a thread. A body that says it is longer is the application's to read, or to refuse: of
+these, which may take long to come and long to be understood, as many are served at a time as half of the threads."""
 LONGEST_SEND = 60.0
 """Seconds that an answer which waits may go without its client's taking any of it."""
 KEPT, KEPT_IN_ALL = 2 * 1024**2, 64 * 1024**2
@@ -186,6 +187,8 @@ class PatientSocket(socket.socket):
     deadline = math.inf
     arrived = b""
     """What has come and was not read yet."""
+    is_large = False
+    """Whether what has come is a request of more than AHEAD bytes."""
     lingers = False
     """Whether everything was said, and only its client's end is waited for."""
     unsent = b""
@@ -243,15 +246,17 @@ class PatientSocket(socket.socket):
         """Whether a whole request has come, or as much of a large one as is waited for. Who wants to be told to go on is told."""
         head = self.arrived.find(b"\r\n\r\n") + 4
         fields = self.arrived[: head - 2] if head >= 4 else b""
+        length = _LENGTH.search(fields)
         if not fields or len(self.arrived) > AHEAD:
             whole = len(self.arrived) > AHEAD
-        elif length := _LENGTH.search(fields):
+        elif length:
             whole = len(self.arrived) - head >= int(length[1]) or int(length[1]) > AHEAD
         else:
             chunked = b"\r\ntransfer-encoding:" in fields.lower()
             whole = not chunked or self.arrived.endswith(b"\r\n\r\n", head) or b"\r\n0\r\n\r\n" in self.arrived[head:]
         if whole:
             self.deadline = math.inf
+            self.is_large = len(self.arrived) > AHEAD or bool(length and int(length[1]) > AHEAD)
         elif _EXPECTS.search(fields) and b" HTTP/1.1\r\n" in fields:
             with contextlib.suppress(OSError):
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -469,6 +474,9 @@ class PatientWorker(ThreadWorker):
     def init_process(self) -> None:
         self._counting = threading.Lock()
         self._postponed = 0
+        self._large = 0
+        self._large_ones: deque[TConn] = deque()
+        """Large requests that wait for others of their kind."""
         super().init_process()
 
     def load_wsgi(self) -> None:
@@ -508,7 +516,7 @@ class PatientWorker(ThreadWorker):
             listener.close()
 
     def handle(self, conn: TConn) -> Any:
-        taken = self.nr_conns - len(self.keepalived_conns)
+        taken = self.nr_conns - len(self.keepalived_conns) - len(self._large_ones)
         conn.sock.deadline = min(conn.sock.deadline, time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY))
         conn.sock.patience = LONGEST_SEND if taken <= self.cfg.threads // 2 else LONGEST_PIECE
         try:
@@ -543,6 +551,14 @@ class PatientWorker(ThreadWorker):
                 elif not (connection.sock.has_request() or connection.sock.goes_on()) and connection.sock.deadline > time.monotonic():
                     self.keepalived_conns.add(connection)
                     continue
+                elif connection.sock.is_large:
+                    if not self._begin_large(connection):
+                        continue
+                    try:
+                        keep = self.handle(connection)
+                    finally:
+                        connection.sock.is_large = False
+                        self._end_large()
                 else:
                     keep = not connection.sock.lingers and self.handle(connection)
                 if isinstance(keep, Exchange):
@@ -558,6 +574,22 @@ class PatientWorker(ThreadWorker):
             except BaseException:  # also SystemExit: the thread has others to serve
                 self.log.exception("a connection ended badly")
             self._end(connection)
+
+    def _begin_large(self, connection: TConn) -> bool:
+        """Whether a large request may be served now; else it has its turn later."""
+        with self._counting:
+            if self._large < max(self.cfg.threads // 2, 1):
+                self._large += 1
+                return True
+            self._large_ones.append(connection)
+            return False
+
+    def _end_large(self) -> None:
+        with self._counting:
+            self._large -= 1
+            following = self._large_ones.popleft() if self._large_ones else None
+        if following is not None:
+            self.keepalived_conns.put_behind(following)
 
     def _call(self, environ: dict[str, Any], start_response: Any) -> Any:
         """The application, which may postpone its answer."""

@@ -125,6 +125,25 @@ def test_requests_that_have_not_arrived_yet_hold_no_thread(start_web: Start) -> 
         assert waiting > 50
 
 
+def test_large_requests_leave_threads_to_others(start_web: Start) -> None:
+    web = start_web(WEB_PROCESSES=1, WEB_THREADS=2)
+    large = POST + b"Connection: close\r\nContent-Length: 100000\r\n\r\n{}"
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(connect(web))) for _ in range(16)]
+        for client in clients:
+            client.sendall(large)
+        assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+        waiting = 0
+        for client in clients:
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.recv(1)
+                continue
+            waiting += 1
+        assert waiting > 12
+    assert exchange(web, large, b" " * 99_998)[0] == 202, "and have their turn"
+
+
 def test_clients_that_do_not_close_hold_no_thread(start_web: Start) -> None:
     web = start_web(WEB_PROCESSES=1, WEB_THREADS=1)
     with contextlib.ExitStack() as stack:
