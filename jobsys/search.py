@@ -21,6 +21,8 @@ from jobsys.errors import DatabaseUnavailable, TooManySearches
 
 HASTE, HASTED = 1.0, 0.2
 """Seconds for the database to find a page in its own way; and while AT_ONCE searches look through the jobs."""
+UNPACK = 1.0
+"""Seconds after which no further row becomes objects here: a payload that the database reads in no time may take a quarter of one."""
 AT_ONCE = 2
 """So many in each process."""
 TIME = 1.5
@@ -47,8 +49,8 @@ def search(database: db.Database, where: Condition, *, limit: int, cursor: str |
     if free := _free.acquire(blocking=False):
         _free.release()
     try:
-        found = _read(database, where, limit, _part(cursor), HASTE if free else HASTED)
-        return found[:limit], found[limit - 1][0] if len(found) > limit else None, False
+        found, whole = _read(database, where, limit, _part(cursor), HASTE if free else HASTED)
+        return found[:limit], found[:limit][-1][0] if len(found) > limit or not whole else None, not whole
     except DatabaseUnavailable as error:
         if not isinstance(error.__cause__, psycopg2.errors.QueryCanceled):
             raise
@@ -67,8 +69,10 @@ def _look_through(database: db.Database, where: Condition, limit: int, cursor: s
         began = time.monotonic()
         [(end,)] = database.run("end_of_part", before=cursor, size=size)
         wanted = min(rows, limit - len(found))
-        read = _read(database, where, wanted, _part(cursor, end), LONGEST_PART)
+        read, whole = _read(database, where, wanted, _part(cursor, end), LONGEST_PART)
         found += read[:wanted]
+        if not whole:
+            return found, found[-1][0], True
         full = len(found) == limit and len(read) > wanted
         if full or (end is None and len(read) <= wanted):
             return found, found[-1][0] if full else None, False
@@ -79,13 +83,20 @@ def _look_through(database: db.Database, where: Condition, limit: int, cursor: s
             size, rows = size * 2, rows * 2
 
 
-def _read(database: db.Database, where: Condition, limit: int, part: Condition, seconds: float) -> list[db.Row]:
-    """Up to one row more than `limit`, of one part of the jobs."""
+def _read(database: db.Database, where: Condition, limit: int, part: Condition, seconds: float) -> tuple[list[db.Row], bool]:
+    """Up to one row more than `limit`, of one part of the jobs; and whether that is all, rather than what could be unpacked in time."""
     statement = db.STATEMENTS["jobs"].replace("{conditions}", f"{where.text} and {part.text}")
-    with database.connection() as connection, connection, connection.cursor() as cursor:
-        cursor.execute("select set_config('statement_timeout', %s, true)", [f"{seconds * 1000:.0f}"])
-        cursor.execute(statement, {**where.parameters, **part.parameters, "limit": limit + 1})
-        return list(cursor.fetchall())
+    with database.connection() as connection, connection.cursor() as cursor:
+        with connection:
+            cursor.execute("select set_config('statement_timeout', %s, true)", [f"{seconds * 1000:.0f}"])
+            cursor.execute(statement, {**where.parameters, **part.parameters, "limit": limit + 1})
+        # All of it is here, and no transaction waits for what it is made of.
+        rows, deadline = [], time.monotonic() + UNPACK
+        while (row := cursor.fetchone()) is not None:
+            rows.append(row)
+            if time.monotonic() > deadline:
+                break
+        return rows, len(rows) == cursor.rowcount
 
 
 def _part(before: str | None, end: str | None = None) -> Condition:

@@ -90,6 +90,16 @@ def test_jobs_that_are_too_large_to_be_read_in_haste_are_listed_a_few_at_a_time(
     assert found == expected
 
 
+def test_rows_that_take_long_to_unpack_make_short_pages(many: str, system: JobSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = walk(system, type="RARE", limit=5)
+    monkeypatch.setattr(search, "UNPACK", -1.0)
+    found, short = walk(system, type="RARE", limit=5)
+    assert found == expected and set(short) == {1}
+    monkeypatch.setattr(search, "HASTE", 0.001)
+    found, short = walk(system, type="RARE", limit=5)
+    assert found == expected and set(short) <= {0, 1}
+
+
 def test_what_is_given_up_is_given_up_in_the_database_too(many: str, system: JobSystem) -> None:
     with pytest.raises(DatabaseUnavailable) as caught:
         search._read(system.database, search.Condition("pg_sleep(1) is not null", {}), 5, search.Condition("true", {}), 0.01)
