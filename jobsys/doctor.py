@@ -370,13 +370,15 @@ class Doctor:
             for type in unknown:
                 [(age,)] = self._ask("oldest_of_type", queue=queue, type=type)
                 oldest = f", the oldest for {span(age)}" if age is not None else ""
+                wait = number_of(types[type], "due job waits", "due jobs wait")
                 yield problem(
-                    f"no living worker of queue {queue} knows the type {type}, of which {number_of(types[type], 'due job')} wait{oldest}",
+                    f"no living worker of queue {queue} knows the type {type}, of which {wait}{oldest}",
                     f"{_to_serve([type])}  (what they are: jobsys jobs --status PENDING --type {shlex.quote(type)})",
                 )
             for type in sorted(held_back & types.keys()):
+                wait = number_of(types[type], "due job waits", "due jobs wait")
                 yield warning(
-                    f"{type}, of which {number_of(types[type], 'due job')} wait, is held back: all its last jobs failed the same way",
+                    f"{type}, of which {wait}, is held back: all its last jobs failed the same way",
                     f"see why: jobsys jobs --type {shlex.quote(type)}; workers try one now and then, and go on when one succeeds",
                 )
             if seconds > LONG_WAIT and queue not in slowed and not unknown and not held_back & types.keys():
@@ -396,7 +398,7 @@ class Doctor:
         for queue, paused, count, period, most in settings:
             if queue not in waited:
                 continue
-            waiting = f"{number_of(sum(pending[queue].values()), 'due job')} wait, the oldest for {span(waited[queue])}"
+            waiting = f"{number_of(sum(pending[queue].values()), 'due job waits', 'due jobs wait')}, the oldest for {span(waited[queue])}"
             name = shlex.quote(queue)
             if paused:
                 yield warning(f"queue {queue} is paused, and {waiting}", f"jobsys resume {name}")
