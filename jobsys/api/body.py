@@ -109,6 +109,7 @@ def read_some(req: falcon.Request, size: int) -> bytes:
 
 
 def _inspect(value: Any, loc: list[str | int], depth: int) -> None:
+    """`loc` is where it stands; with an error it says where that stands. (A megabyte may hold half a million values.)"""
     if isinstance(value, str):
         _inspect_text(value, loc)
     elif isinstance(value, (dict, list)):
@@ -117,13 +118,17 @@ def _inspect(value: Any, loc: list[str | int], depth: int) -> None:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(key, str):
                 _inspect_text(key, loc)
-            if not isinstance(item, (int, float)):
-                _inspect(item, [*loc, key], depth - 1)
+            if item is not None and not isinstance(item, (int, float)):
+                loc.append(key)
+                _inspect(item, loc, depth - 1)
+                loc.pop()
 
 
 def _inspect_text(text: str, loc: list[str | int]) -> None:
     if "\0" in text:
         raise InvalidSubmission.of(loc, "contains a NUL character, which can't be stored")
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError:
