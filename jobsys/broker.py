@@ -41,6 +41,8 @@ from jobsys.submissions import Submitted, insert
 PATIENCE = 3.0
 """Seconds in which the end of an attempt is tried again where the process lacks memory or depth."""
 
+FORGOTTEN = MemoryError("the attempt failed, and there was no memory left to keep how")
+
 
 class JobsBroker(PostgresBroker):
     """The broker. Opens no connection before something is sent or consumed."""
@@ -104,10 +106,15 @@ class JobsBroker(PostgresBroker):
             if running is None:
                 return function(*args, **kwargs)
             process = os.getpid()
+            # Should it raise, and there be no memory to note even that, the attempt has failed all the same.
+            running._exception = FORGOTTEN
             try:
                 if tracing.active is not None:
-                    return tracing.active.attempt(running, function, *args, **kwargs)
-                return running.attempt_call.call(function, *args, **kwargs)
+                    result = tracing.active.attempt(running, function, *args, **kwargs)
+                else:
+                    result = running.attempt_call.call(function, *args, **kwargs)
+                running._exception = None
+                return result
             finally:
                 if os.getpid() != process:  # a fork that the job let come back: it is no worker
                     os._exit(0 if sys.exc_info()[0] is None else 1)
@@ -280,6 +287,8 @@ class JobsConsumer(PostgresConsumer):
 
     def __next__(self) -> RunningJob | None:
         if not self.batch:
+            if self.presence.serves and not self.presence.booted.wait(self.wait):
+                return None
             try:
                 jobs = self.presence.claims.take(self.queue_name, self.wait)
             except DatabaseUnavailable as error:
@@ -394,6 +403,10 @@ class Attendance(Middleware):
         presence = broker.attend(threads=worker.worker_threads, queues=worker.consumer_whitelist or None)
         presence.serves = True
         worker.work_queue = presence.work
+
+    def after_worker_boot(self, broker: JobsBroker, worker: Any) -> None:
+        if broker.presence is not None:
+            broker.presence.booted.set()
 
     def before_process_message(self, broker: JobsBroker, message: RunningJob) -> None:
         broker.running = message

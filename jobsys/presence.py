@@ -55,6 +55,9 @@ class Presence:
         """The queues this process was told to serve; None: all that are declared."""
         self.serves = False
         """Whether threads of Dramatiq's take jobs from `work`; else somebody iterates over a consumer."""
+        self.booted = threading.Event()
+        """Set once these threads have all started. Before that a job could stop the process from becoming a worker, unnoticed:
+        who starts a thread waits for it without end, should that lack memory or depth for its first steps."""
         self.work = WorkQueue(threads)
         self.running: set[RunningJob] = set()
         self.held: dict[str, RunningJob] = {}

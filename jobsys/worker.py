@@ -218,9 +218,9 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     gc.set_threshold(50_000, 10, 10)
     # Whoever has waited for the database needs the interpreter back soon, also while jobs compute: not after CPython's 5 ms.
     sys.setswitchinterval(0.001)
+    unfit = _check(worker)
     worker.start()
     presence = system.broker.attend(threads=settings.worker_threads)
-    unfit = _check(worker, presence)
     while not ends and not presence.must_end.is_set():
         time.sleep(TICK)
         if reason := unfit():
@@ -240,15 +240,15 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     return 0 if ends else REPLACED
 
 
-def _check(worker: dramatiq.Worker, presence: Presence) -> Callable[[], str | None]:
-    """What tells whether the process is still as it was, whatever its jobs did: None, or what is wrong."""
+def _check(worker: dramatiq.Worker) -> Callable[[], str | None]:
+    """What tells whether the process is still as it is now, whatever its jobs did: None, or what is wrong."""
     descriptor = os.pipe()[0]
     opened, recursion_limit = os.fstat(descriptor), sys.getrecursionlimit()
 
     def check() -> str | None:
         if sys.getrecursionlimit() < recursion_limit:
             sys.setrecursionlimit(recursion_limit)
-        for thread in [*worker.workers, *worker.consumers.values(), *presence.threads_it_needs]:
+        for thread in [*worker.workers, *worker.consumers.values(), *worker.broker.presence.threads_it_needs]:
             if not thread.is_alive():
                 return f"its thread {thread.name} has ended"
         with contextlib.suppress(OSError):

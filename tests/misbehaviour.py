@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import dramatiq
 import psutil
+from dramatiq.broker import MessageProxy
 
 from jobsys import Job
 from jobsys.errors import JobStopped
@@ -123,6 +124,19 @@ WAYS.update({how: _raising(error) for how, error in ERRORS.items()})
 @way
 def recursion(job: Job) -> Any:
     return recursion(job)
+
+
+@way
+def no_memory_for_its_error(job: Job) -> Any:
+    """Dramatiq notes an error by a call; there may be no memory for that."""
+
+    def fail(message: Any, error: BaseException) -> None:
+        if message.message_id == job.id:
+            raise MemoryError
+        message._exception = error
+
+    MessageProxy.stuff_exception = fail
+    raise RuntimeError("is lost")
 
 
 @way

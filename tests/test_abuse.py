@@ -152,11 +152,11 @@ def test_a_process_that_a_job_has_crippled_is_replaced(jobs: Jobs, abused: Start
     eventually(lambda: "somebody closed its file descriptors" in worker.output)
     jobs.wait_for_workers(2)
     stones = jobs.misbehave("sleeps_in_python", "sleeps_in_c", "waits_for_a_lock", "loops_and_catches_everything")
-    others = jobs.misbehave("little_recursion", "too_much_memory")
+    others = jobs.misbehave("little_recursion", "too_much_memory", "no_memory_for_its_error")
     innocent = jobs.neighbours()
     for how, job in zip(stones, jobs.ends(stones.values()), strict=True):
         assert (job.status, (job.error or {})["type"]) == ("FAILED", "TimeLimitExceeded"), how
-    assert [job.status for job in jobs.ends(others.values())] == ["COMPLETED", "FAILED"]
+    assert [job.status for job in jobs.ends(others.values())] == ["COMPLETED", "FAILED", "FAILED"]
     assert [(job.attempt, job.max_attempts, job.error) for job in jobs.ends(innocent) if job.status != "COMPLETED"] == []
     jobs.wait_for_workers(2)
     assert system.wait(jobs.submit("TEST_JOB"), 20).status == "COMPLETED"

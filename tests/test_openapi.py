@@ -329,8 +329,8 @@ def test_in_a_browser_the_page_shows_every_operation_without_a_network(browser: 
     eventually(lambda: "Job accepted!" in browser.find_element("css selector", "#operations-jobs-submitJob").text, timeout=30)
     for scheme in ("light", "dark"):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]")
-        assert (int(ground) > 128) == (scheme == "light")
+        ground = "return getComputedStyle(document.body).backgroundColor.match(/[0-9]+/)[0]"
+        eventually(lambda: (int(browser.execute_script(ground)) > 128) == (scheme == "light"))  # noqa: B023
     asked = browser.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
     assert asked and all(address.startswith((f"{web.url}/", "data:")) for address in asked)
     assert not browser.find_elements("css selector", ".authorize"), "nothing here asks for credentials"
