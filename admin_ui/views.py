@@ -1,6 +1,7 @@
 """The pages and the buttons. A page is a GET; a button is a POST with a token that changes one thing and redirects.
 
-Whatever goes wrong below /admin/ui is answered with a page too; `page` is the one place that translates.
+Whatever goes wrong in one is answered with a page too; `page` is the one place that translates. (Who is not let in, by
+jobsys/api/access.py, is told so as everywhere: in JSON.)
 """
 
 from __future__ import annotations

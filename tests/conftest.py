@@ -35,6 +35,7 @@ from jobsys.local import MailCatcher, Postgres
 from jobsys.settings import Settings
 
 CHECKOUT = Path(__file__).parent.parent
+NO_DATABASE = Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none")
 T = TypeVar("T")
 
 
@@ -265,6 +266,27 @@ def system(settings: Settings) -> Iterator[Any]:
     system = JobSystem(settings)
     yield system
     system.close()
+
+
+@pytest.fixture
+def api(system: Any) -> Any:
+    """The application, for webtest."""
+    import webtest
+
+    from jobsys.app import create_app
+
+    return webtest.TestApp(create_app(system=system))
+
+
+@pytest.fixture(scope="module")
+def away() -> Any:
+    """The application while its database is away: what it answers, it answers without one."""
+    import webtest
+
+    from jobsys.app import create_app
+    from jobsys.system import JobSystem
+
+    return webtest.TestApp(create_app(system=JobSystem(NO_DATABASE)))
 
 
 @pytest.fixture

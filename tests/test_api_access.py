@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import argon2
 import pytest
 import webtest
-from conftest import CHECKOUT, Running, eventually, execute
+from conftest import CHECKOUT, NO_DATABASE, Running, eventually, execute
 from falcon import inspect
 from test_tokens import FORGED, SECRET, payload, signed
 
@@ -29,7 +29,6 @@ from jobsys.settings import Settings
 from jobsys.system import JobSystem
 from jobsys.tokens import Tokens
 
-NO_DATABASE = Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none")
 USER, PASSWORD = "root", "pass:wörd"
 ISSUED_HERE = Tokens(Settings(_env_file=None, jwt_secret=SECRET))
 

@@ -9,22 +9,9 @@ import pytest
 import webtest
 from conftest import Running, eventually, execute
 
-from jobsys.app import create_app
-from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
 ABSENT = "01a20560-59f6-7000-9635-42139b8250d8"
-
-
-@pytest.fixture
-def api(system: JobSystem) -> webtest.TestApp:
-    return webtest.TestApp(create_app(system=system))
-
-
-@pytest.fixture(scope="module")
-def away() -> webtest.TestApp:
-    """The application while its database is away: what it answers, it answers without one."""
-    return webtest.TestApp(create_app(system=JobSystem(Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none"))))
 
 
 def ingest(api: webtest.TestApp, ids: list[int], **body: Any) -> str:

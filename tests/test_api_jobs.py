@@ -23,17 +23,6 @@ ABSENT = "01a20560-59f6-7000-9635-42139b8250d8"
 MAIL = {"to": "ada@example.test", "subject": "Hello", "body": "It works."}
 
 
-@pytest.fixture
-def api(system: JobSystem) -> webtest.TestApp:
-    return webtest.TestApp(create_app(system=system))
-
-
-@pytest.fixture(scope="module")
-def away() -> webtest.TestApp:
-    """The application while its database is away: what it answers, it answers without one."""
-    return webtest.TestApp(create_app(system=JobSystem(Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none"))))
-
-
 def submit(api: webtest.TestApp, **body: Any) -> str:
     return str(api.post_json("/jobs", body, status=202).json["jobId"])
 

@@ -5,22 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import pytest
 import webtest
 from conftest import Running, eventually
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from jobsys.app import create_app
-from jobsys.settings import Settings
-from jobsys.system import JobSystem
-
 PROMETHEUS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
-
-
-@pytest.fixture
-def api(system: JobSystem) -> webtest.TestApp:
-    return webtest.TestApp(create_app(system=system))
 
 
 def test_health_tells_of_the_process_the_database_and_the_workers(api: webtest.TestApp) -> None:
@@ -42,15 +32,13 @@ def test_due_jobs_that_nobody_serves_do_not_make_the_web_server_ill(api: webtest
     eventually(lambda: (health := api.get("/health").json)["broker"] and health["workers"] == 2, timeout=20)
 
 
-def test_without_a_database_health_is_red_and_liveness_is_not() -> None:
-    settings = Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none")
-    api = webtest.TestApp(create_app(system=JobSystem(settings)))
+def test_without_a_database_health_is_red_and_liveness_is_not(away: webtest.TestApp) -> None:
     began = time.monotonic()
-    health = api.get("/health", status=503)
+    health = away.get("/health", status=503)
     assert time.monotonic() - began < 5.5
     assert int(health.headers["Retry-After"]) > 0
     assert (health.json["status"], health.json["database"], health.json["broker"]) == ("unavailable", False, False)
-    assert api.get("/health/live", status=200).json["status"] == "ok"
+    assert away.get("/health/live", status=200).json["status"] == "ok"
 
 
 def test_metrics_count_what_happened_since_the_database_was_made(api: webtest.TestApp) -> None:

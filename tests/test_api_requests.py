@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import webtest
+from conftest import NO_DATABASE
 from falcon import inspect
 
 from jobsys.api.envelope import Router
 from jobsys.app import create_app
 from jobsys.errors import DatabaseUnavailable
-from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
-NO_DATABASE = Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none")
 JSON = {"Content-Type": "application/json"}
 ROUTES = [
     ("/jobs", "GET, HEAD, POST, OPTIONS"),
@@ -54,17 +53,6 @@ ROUTES = [
     ("/docs", "GET, HEAD, OPTIONS"),
     ("/docs/x", "GET, HEAD, OPTIONS"),
 ]
-
-
-@pytest.fixture
-def api(system: JobSystem) -> webtest.TestApp:
-    return webtest.TestApp(create_app(system=system))
-
-
-@pytest.fixture(scope="module")
-def away() -> webtest.TestApp:
-    """The application while its database is away: what it answers, it answers without one."""
-    return webtest.TestApp(create_app(system=JobSystem(NO_DATABASE)))
 
 
 def nested(levels: int) -> str:

@@ -22,26 +22,12 @@ import webtest
 from conftest import Running, eventually, execute
 
 from jobsys import db, verbs
-from jobsys.app import create_app
 from jobsys.search import Condition
-from jobsys.settings import Settings
 from jobsys.system import JobSystem
 
-NO_DATABASE = Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none")
 JSON = {"Content-Type": "application/json"}
 LINES = {"Content-Type": "application/x-ndjson"}
 BULK = 16 * 1024 * 1024
-
-
-@pytest.fixture
-def api(system: JobSystem) -> webtest.TestApp:
-    return webtest.TestApp(create_app(system=system))
-
-
-@pytest.fixture(scope="module")
-def away() -> webtest.TestApp:
-    """The application while its database is away: what it answers, it answers without one."""
-    return webtest.TestApp(create_app(system=JobSystem(NO_DATABASE)))
 
 
 def lines(items: list[Any]) -> bytes:

@@ -21,7 +21,7 @@ import psycopg2
 import pytest
 import webtest
 import yaml
-from conftest import CHECKOUT, Running, environment, eventually, execute, samples, scrape
+from conftest import CHECKOUT, NO_DATABASE, Running, environment, eventually, execute, samples, scrape
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
@@ -35,11 +35,6 @@ from jobsys.system import JobSystem, Submission
 MONITORING = CHECKOUT / "jobsys" / "monitoring"
 TEXT = {"Accept": "text/plain;version=0.0.4"}
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0"}
-
-
-@pytest.fixture
-def api(system: JobSystem) -> webtest.TestApp:
-    return webtest.TestApp(create_app(system=system))
 
 
 def recorder_of(system: JobSystem) -> Recorder:
@@ -254,7 +249,7 @@ def test_a_scrape_is_refused_in_time_when_the_database_is_away_or_stuck(api: web
         refused = api.get("/metrics", headers=TEXT, status=503)
         assert time.monotonic() - began < 5 and int(refused.headers["Retry-After"]) > 0
         connection.rollback()
-    away = JobSystem(Settings(_env_file=None, database_url="postgresql://127.0.0.1:1/none"))
+    away = JobSystem(NO_DATABASE)
     webtest.TestApp(create_app(system=away)).get("/metrics", headers=TEXT, status=503)
     away.close()
 
