@@ -348,6 +348,13 @@ def test_cancelling_all_says_how_many_are_only_asked_to_stop(web: TestApp, syste
     assert system.counts()["CANCELLED"] == 2 and system.counts()["FAILED"] == 1
 
 
+def test_where_no_job_can_be_picked_nothing_is_offered_for_picked_ones(web: TestApp, add_job: Callable[..., str]) -> None:
+    add_job("COMPLETED")
+    assert "Completed" in text(web.get("/admin/ui/jobs")) and not web.get("/admin/ui/jobs").html.select("#picked")
+    add_job("FAILED")
+    assert web.get("/admin/ui/jobs").html.select("#picked")
+
+
 def test_picked_jobs_are_changed_and_no_others(web: TestApp, system: JobSystem, add_job: Callable[..., str]) -> None:
     failed = [add_job("FAILED") for _ in range(4)]
     add_job("COMPLETED")
