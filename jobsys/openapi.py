@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 NO_NUL = r"^[^\u0000]*$"
 """What PostgreSQL can store of a text, as a pattern."""
-PRINTABLE = r"^[ -~]*$"
+IDEMPOTENCY_KEY: Schema = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"^[ -~]*$"}
 
 
 def any_case(*words: str) -> str:
@@ -315,13 +315,7 @@ class _Document:
                     "description": "Not before so many seconds have passed.",
                 },
                 "maxRetries": {"type": "integer", "minimum": 0, "maximum": 1000, "description": "Attempts after the first."},
-                "idempotencyKey": {
-                    "type": "string",
-                    "minLength": 1,
-                    "maxLength": 255,
-                    "pattern": PRINTABLE,
-                    "description": "The same as the header Idempotency-Key.",
-                },
+                "idempotencyKey": {**IDEMPOTENCY_KEY, "description": "The same as the header Idempotency-Key."},
             },
             "required": [*([] if only_test else [name]), *([] if _is_payload(job_type, {}) else [data])],
             "not": {"required": ["runAt", "delay"]},

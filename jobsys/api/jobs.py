@@ -17,7 +17,7 @@ from jobsys.api import body, event_stream, filters, items, waiting, wire
 from jobsys.api.problem import VARY, Problem
 from jobsys.api.waiting import Waits
 from jobsys.errors import InvalidSubmission
-from jobsys.openapi import PRINTABLE, SUBMISSION, Answer, Parameter, Submissions, describe
+from jobsys.openapi import IDEMPOTENCY_KEY, SUBMISSION, Answer, Parameter, Submissions, describe
 from jobsys.submissions import Submitted
 from jobsys.system import JobRecord, JobSystem, Submission
 
@@ -31,7 +31,7 @@ _NEXT = {
 }
 KEY = Parameter(
     "Idempotency-Key",
-    {"type": "string", "minLength": 1, "maxLength": 255, "pattern": PRINTABLE},
+    IDEMPOTENCY_KEY,
     "The same key and the same body again answer the first job, and make no other. The same key with another body is 422.",
     where="header",
 )
