@@ -11,7 +11,7 @@ from jobsys import logs, tracing
 from jobsys.api.access import check
 from jobsys.app import create_app
 from jobsys.errors import SettingsError
-from jobsys.gunicorn_worker import PatientWorker
+from jobsys.gunicorn_worker import LOADS, PatientWorker
 from jobsys.settings import Settings
 
 try:
@@ -61,3 +61,8 @@ def on_starting(server: Any) -> None:
 def worker_exit(server: Any, worker: Any) -> None:
     """Send the last spans."""
     tracing.close()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Nobody leaves anything to a process that has ended, however it did."""
+    LOADS.leave(worker.age)

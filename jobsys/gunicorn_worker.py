@@ -9,6 +9,9 @@ As it comes, one thread also hands each request to another and takes the connect
 Here the threads themselves wait for the next request, of whichever connection.
 
 And an application may say that it will answer later (`Exchange`). No thread waits for that either.
+
+As it comes, whichever process looks first accepts all who come at once; clients that keep their connections stay with it, and the other
+processes have nothing to do. Here each leaves those who come to the processes that have fewer (`Loads`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import errno
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import select
@@ -34,6 +38,7 @@ from gunicorn import util
 from gunicorn.http import wsgi
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
+from jobsys import gunicorn_request
 from jobsys.api.envelope import HEADERS, UNLESS_SET
 
 PATIENCE, HURRY = 4.0, 1.5
@@ -53,6 +58,8 @@ LINGER = 0.5
 """Seconds to wait, before closing, for a client that still sends: closing at once would cost it the answer."""
 ROOM = 20
 """When there are as many connections as may be, one in so many is closed for others to come: of those that wait for a request."""
+LEAVES_TO_OTHERS, IN_VAIN = 0.03, 0.1
+"""Seconds for which who comes is left to processes with fewer connections; and for which none is, after one that they did not take."""
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n", re.IGNORECASE)
 _EXPECTS = re.compile(rb"\r\nexpect:[ \t]*100-continue[ \t]*(?=\r\n)", re.IGNORECASE)
 
@@ -92,7 +99,7 @@ class Exchange:
 
     def postpone(self, proceed: Callable[[], None]) -> bool:
         """Answer later. False: there are too many of these already, or the server ends; then answer now."""
-        if type(self._response) is not wsgi.Response or not self._worker.may_postpone():
+        if type(self._response) not in (wsgi.Response, gunicorn_request.Response) or not self._worker.may_postpone():
             return False
         self.proceed = proceed
         self.unsent = bytearray()
@@ -110,8 +117,10 @@ class Exchange:
             self._response.force_close()
         self._start(status or self._status, [*kept, *changed.values()])
         self.ended = True
+        self.connection.sock.collects = True
         self._response.write(b"" if self._response.req.method == "HEAD" else body)
         self._response.close()
+        self.connection.sock.collects = False
         self._stays = not self._response.should_close()
 
     def send(self, piece: bytes) -> None:
@@ -159,7 +168,6 @@ class Exchange:
         self.unsent += self.connection.sock.take_unsent()
         if not self.unsent:
             return True
-        self.connection.sock.setblocking(False)
         try:
             while self.unsent:
                 del self.unsent[: self.connection.sock.send(self.unsent)]
@@ -182,7 +190,11 @@ class Postponed(BaseException):
 
 
 class PatientSocket(socket.socket):
-    """A connection whose `deadline` (of the monotonic clock) ends every wait for the client; what arrives puts it off."""
+    """A connection whose `deadline` (of the monotonic clock) ends every wait for the client; what arrives puts it off.
+
+    The kernel never blocks it, and it waits by itself: to set a timeout for each call anew takes longer than the call, and gives the
+    interpreter's lock away each time.
+    """
 
     deadline = math.inf
     arrived = b""
@@ -192,35 +204,69 @@ class PatientSocket(socket.socket):
     lingers = False
     """Whether everything was said, and only its client's end is waited for."""
     unsent = b""
+    collects = False
+    """Whether what is said is kept until it is all, or much."""
     patience = LONGEST_PIECE
     """For whoever takes an answer, while a thread waits."""
     kept_in_all: Callable[[], int]
     """Of all connections of this process."""
 
+    def setblocking(self, flag: bool) -> None:
+        """Nothing, whatever the flag; nor are other timeouts heeded."""
+
+    def settimeout(self, value: float | None) -> None:
+        """Nothing."""
+
+    def gettimeout(self) -> float:
+        """How long it waits for its client to take something."""
+        return self.patience
+
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """Like socket.sendall, but what the client doesn't take at once is kept, as far as it is not much; whoever has this socket then
-        has it sent."""
+        has it sent. While it `collects`, a few small pieces are one for the network."""
         rest = memoryview(data)
+        if self.collects and len(self.unsent) + len(rest) <= AHEAD:
+            self.unsent += rest
+            return
+        if self.collects and self.unsent:
+            rest = memoryview(self.take_unsent() + rest)
         if not self.unsent:
-            self.setblocking(False)
-            try:
+            with contextlib.suppress(BlockingIOError):
                 rest = rest[self.send(rest, flags) :]
-            except BlockingIOError:
-                pass
-            finally:
-                self.settimeout(self.patience)
         size = len(self.unsent) + len(rest)
         if size <= KEPT and (not rest or size + self.kept_in_all() <= KEPT_IN_ALL):
             self.unsent += rest
         else:
             rest = memoryview(self.take_unsent() + rest)
             for start in range(0, len(rest), PIECE):
-                super().sendall(rest[start : start + PIECE], flags)
+                self._send_waiting(rest[start : start + PIECE])
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Like socket.sendfile, after all that was kept."""
-        super().sendall(self.take_unsent())
+        self._send_waiting(memoryview(self.take_unsent()))
         return super().sendfile(file, offset, count)
+
+    def send_collected(self) -> None:
+        """All was said. What its client doesn't take at once stays `unsent`."""
+        self.collects = False
+        if self.unsent:
+            with contextlib.suppress(BlockingIOError):
+                self.unsent = self.unsent[self.send(self.unsent) :]
+
+    def _send_waiting(self, data: memoryview) -> None:
+        end = time.monotonic() + self.patience
+        while data:
+            try:
+                data = data[self.send(data) :]
+            except BlockingIOError:
+                self._wait(select.POLLOUT, end, "the answer was not taken in time")
+
+    def _wait(self, events: int, end: float, why_not: str) -> None:
+        """Raises TimeoutError at the end, with an errno that gunicorn passes over in silence."""
+        waiter = select.poll()
+        waiter.register(self.fileno(), events)
+        if not waiter.poll(min(max((end - time.monotonic()) * 1000, 1), 60_000)) and time.monotonic() >= end:
+            raise TimeoutError(errno.ECONNRESET, why_not)
 
     def take_unsent(self) -> bytearray:
         """What was kept, which is the caller's to send now."""
@@ -229,7 +275,6 @@ class PatientSocket(socket.socket):
 
     def goes_on(self) -> bool:
         """Take in what has come, without waiting. Whether a thread is needed: for a request, or because the client has gone."""
-        self.setblocking(False)
         try:
             data = super().recv(AHEAD)
         except BlockingIOError:
@@ -265,6 +310,8 @@ class PatientSocket(socket.socket):
 
     def reads_on(self, parser: Any) -> bool:
         """Whether the connection is good for another request: what the application left of the body has come, and is read now."""
+        if parser is None:  # none of gunicorn's kind yet
+            return True
         self.deadline = 0.0
         try:
             if not parser.finish_body(deadline=time.monotonic() + HURRY):
@@ -276,18 +323,18 @@ class PatientSocket(socket.socket):
         return True
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        """Like socket.recv. Raises TimeoutError at the deadline, with an errno that gunicorn passes over in silence."""
+        """Like socket.recv. Raises TimeoutError at the deadline."""
         if self.arrived:
             data, self.arrived = self.arrived[:size], self.arrived[size:]
             return data
-        self.settimeout(max(0.001, self.deadline - time.monotonic()) if self.deadline < math.inf else None)
-        try:
-            data = super().recv(size, flags)
-        except TimeoutError:
-            raise TimeoutError(errno.ECONNRESET, "the request did not arrive in time") from None
-        self.settimeout(self.patience)
-        self.deadline += len(data) / PACE
-        return data
+        while True:
+            try:
+                data = super().recv(size, flags)
+            except BlockingIOError:
+                self._wait(select.POLLIN, self.deadline, "the request did not arrive in time")
+            else:
+                self.deadline += len(data) / PACE
+                return data
 
 
 if sys.platform == "linux":
@@ -451,13 +498,52 @@ class Idle:
         return [connection for descriptor in late if (connection := self._connections.pop(descriptor, None)) is not None]
 
 
+class Loads:
+    """How many connections each process has, in memory that those forked from this one share. `number` is a process's own, more or less:
+    those of two that are SLOTS apart are one."""
+
+    SLOTS = 64
+    STALE = 3.0
+    """Seconds after which a process counts as stuck, that should have said each second that it takes connections."""
+
+    def __init__(self) -> None:
+        self._seen = memoryview(mmap.mmap(-1, self.SLOTS * 8)).cast("d")
+        self._counts = memoryview(mmap.mmap(-1, self.SLOTS * 4)).cast("i")
+
+    def accepts(self, number: int, connections: int) -> None:
+        """The process takes connections, and has so many."""
+        self.tell(number, connections)
+        self._seen[number % self.SLOTS] = time.monotonic()
+
+    def tell(self, number: int, connections: int) -> None:
+        """It has so many."""
+        self._counts[number % self.SLOTS] = connections
+
+    def leave(self, number: int) -> None:
+        """It takes no more."""
+        self._seen[number % self.SLOTS] = 0.0
+
+    def least(self) -> float:
+        """How many that process has that has fewest, of those that take more."""
+        fresh = time.monotonic() - self.STALE
+        return min((count for count, seen in zip(self._counts, self._seen, strict=True) if seen > fresh), default=math.inf)
+
+
+LOADS = Loads()
+
+
 class PatientWorker(ThreadWorker):
     """The worker class of `gunicorn_conf`. The main thread accepts, and closes what stays idle for too long; the others serve."""
 
     alive: bool
     wsgi: Any
+    _leaves_to_others_from: float
 
     def accept(self, listener: Any) -> None:
+        now = time.monotonic()
+        patient = self._leaves_to_others_from < now
+        while patient and self.nr_conns > LOADS.least() and time.monotonic() < now + LEAVES_TO_OTHERS:
+            time.sleep(0.001)
         try:
             accepted, address = listener.accept()
         except OSError as error:
@@ -465,7 +551,10 @@ class PatientWorker(ThreadWorker):
                 raise
             return
         client = PatientSocket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+        super(PatientSocket, client).setblocking(False)
         client.kept_in_all = self.keepalived_conns.bytes_kept
+        if patient and self.nr_conns > LOADS.least():
+            self._leaves_to_others_from = now + IN_VAIN
         connection = TConn(self.cfg, client, address, listener.getsockname())
         connection.data_ready = True  # by the time a thread takes it
         self._count_connections(1)
@@ -477,6 +566,10 @@ class PatientWorker(ThreadWorker):
         self._large = 0
         self._large_ones: deque[TConn] = deque()
         """Large requests that wait for others of their kind."""
+        self._leaves_to_others_from = -math.inf
+        # They don't change any more; looking them up in gunicorn's way takes 5 % of a request's time.
+        self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
+        self._reader = gunicorn_request.Reader(self.cfg)
         super().init_process()
 
     def load_wsgi(self) -> None:
@@ -499,11 +592,13 @@ class PatientWorker(ThreadWorker):
             threading.Thread(target=self._serve, name="jobsys web", daemon=True).start()
         while self.alive and self.is_parent_alive():
             self.notify()
+            LOADS.accepts(self.age, self.nr_conns)
             self._close_late(time.monotonic(), self.worker_connections // ROOM if self.nr_conns >= self.worker_connections else 0)
             self.set_accept_enabled(self.nr_conns < self.worker_connections)
             self.wait_for_and_dispatch_events(1.0)
             self.keepalived_conns.end_exchanges(stuck_since=time.monotonic() - LONGEST_SEND)
         self.alive = False
+        LOADS.leave(self.age)
         self.set_accept_enabled(False)
         self.keepalived_conns.end_exchanges()
         began = time.monotonic()
@@ -517,19 +612,62 @@ class PatientWorker(ThreadWorker):
 
     def handle(self, conn: TConn) -> Any:
         taken = self.nr_conns - len(self.keepalived_conns) - len(self._large_ones)
-        conn.sock.deadline = min(conn.sock.deadline, time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY))
         conn.sock.patience = LONGEST_SEND if taken <= self.cfg.threads // 2 else LONGEST_PIECE
+        conn.sock.collects = True
+        request = self._reader.read(conn.sock.arrived, conn.client)
         try:
-            keep = super().handle(conn)
+            if request is not None:
+                keep = self._handle_usual(conn, request)
+            else:
+                conn.sock.deadline = min(conn.sock.deadline, time.monotonic() + (PATIENCE if taken < self.cfg.threads else HURRY))
+                keep = super().handle(conn)
         except Postponed as postponed:
             exchange = postponed.exchange
             exchange.connection, exchange.descriptor = conn, conn.sock.fileno()
             return exchange
+        finally:
+            conn.sock.collects = False
+        try:
+            conn.sock.send_collected()
+        except OSError:  # the client has gone
+            return False
         if conn.sock.unsent and conn.sock.fileno() >= 0:
             return Exchange.with_rest_of_answer(self, conn, bool(keep))
         return keep
 
+    def _handle_usual(self, connection: TConn, request: gunicorn_request.Request) -> bool:
+        """Whether the connection stays, after the answer."""
+        connection.sock.arrived = request.rest
+        connection.sock.deadline = time.monotonic() + PATIENCE if request.rest else math.inf
+        response = gunicorn_request.Response(request, connection.sock, self.cfg)
+        try:
+            if not self.alive or not self.cfg.keepalive or len(self.keepalived_conns) >= self.max_keepalived:
+                response.force_close()
+            answer = self.wsgi(self._reader.environ(request, connection), response.start_response)
+            try:
+                if isinstance(answer, wsgi.FileWrapper):
+                    response.write_file(answer)
+                else:
+                    for item in answer:
+                        response.write(item)
+                response.close()
+            finally:
+                if hasattr(answer, "close"):
+                    answer.close()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):  # those say that the client has gone
+                self.log.exception("Socket error processing request.")
+            return False
+        except Exception as error:
+            if response.headers_sent:
+                self.log.exception("Error handling request")
+            else:
+                self.handle_error(request, connection.sock, connection.client, error)
+            return False
+        return not response.should_close()
+
     def _keepalive_after(self, conn: TConn, keepalive: bool) -> bool:
+        conn.sock.send_collected()
         return keepalive and conn.sock.reads_on(conn.parser)
 
     def _linger(self, connection: TConn) -> bool:
@@ -642,6 +780,7 @@ class PatientWorker(ThreadWorker):
     def _count_connections(self, change: int) -> None:
         with self._counting:
             self.nr_conns += change
+            LOADS.tell(self.age, self.nr_conns)
 
 
 def _write_problem(client: socket.socket, status: int, reason: str, message: str) -> None:

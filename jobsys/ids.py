@@ -6,9 +6,12 @@ import os
 import threading
 import time
 import uuid
+from random import Random
 
 _lock = threading.Lock()
 _last = 0
+_random = Random()  # the operating system's would give the interpreter's lock away for each id
+os.register_at_fork(after_in_child=_random.seed)
 
 
 def new_job_id() -> str:
@@ -19,7 +22,7 @@ def new_job_id() -> str:
         # Milliseconds and counter are one number of 60 bits; more than 4096 ids in a millisecond borrow from the next one.
         _last = max(_last + 1, time.time_ns() // 1_000_000 << 12)
         moment = _last
-    random = int.from_bytes(os.urandom(8), "big") >> 2 | 1 << 63
+    random = _random.getrandbits(62) | 1 << 63
     text = f"{moment >> 12:012x}7{moment & 0xFFF:03x}{random:016x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
@@ -30,3 +33,8 @@ def is_job_id(text: object) -> bool:
         return isinstance(text, str) and str(uuid.UUID(text)) == text.lower()
     except ValueError:
         return False
+
+
+def new_request_id() -> str:
+    """16 hexadecimal digits."""
+    return f"{_random.getrandbits(64):016x}"

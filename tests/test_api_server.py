@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
-from conftest import Running
+from conftest import Running, eventually
 
 from jobsys.settings import Settings
 from jobsys.system import JobSystem
@@ -151,6 +152,41 @@ def test_clients_that_do_not_close_hold_no_thread(start_web: Start) -> None:
             client = stack.enter_context(contextlib.closing(connect(web)))
             client.sendall(POST.replace(b"/jobs", b"/nowhere") + b"Content-Length: 60000\r\nConnection: close\r\n\r\n")
         assert exchange(web, b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+
+
+def test_clients_that_keep_their_connections_are_shared_by_all_processes(start_web: Start) -> None:
+    web = start_web(WEB_PROCESSES=3, WEB_THREADS=2)
+    port = urlsplit(web.url).port
+
+    def connections() -> dict[int, int]:
+        """How many each process has, by its pid."""
+        found = {each.pid: each.net_connections("tcp") for each in web.family if each.pid != web.pid}
+        return {
+            pid: sum(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port for one in all_of_it)
+            for pid, all_of_it in found.items()
+        }
+
+    def ask_all(clients: list[socket.socket]) -> None:
+        for client in clients:
+            client.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert all(client.recv(65536).startswith(b"HTTP/1.1 200") for client in clients)
+
+    def are_shared() -> bool:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(contextlib.closing(connect(web))) for _ in range(30)]
+            ask_all(clients)
+            numbers = connections().values()
+        return len(numbers) == 3 and max(numbers) - min(numbers) <= 4
+
+    eventually(are_shared)
+    # One that is stuck has fewest, and gets those that it takes itself: none.
+    stuck = min(connections())
+    psutil.Process(stuck).suspend()
+    try:
+        with contextlib.ExitStack() as stack:
+            ask_all([stack.enter_context(contextlib.closing(connect(web))) for _ in range(30)])
+    finally:
+        psutil.Process(stuck).resume()
 
 
 def test_when_there_are_as_many_connections_as_may_be_the_idle_ones_make_room(start_web: Start) -> None:

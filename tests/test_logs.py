@@ -51,6 +51,27 @@ def test_an_event_is_one_line_with_time_level_process_words_and_job(configure: A
     assert rest == 'job finished 0190-abc seconds=0.25 note="took a while"\n'
 
 
+def test_a_line_is_the_same_whether_or_not_others_listen(configure: Any, capsys: Any, tmp_path: Path, caplog: Any) -> None:
+    def said(level: str = "debug") -> tuple[list[str], list[dict[str, Any]]]:
+        file = tmp_path / "log"
+        configure(log_file=file, log_level=level)
+        if caplog.handler not in logging.getLogger().handlers and level == "info":
+            logging.getLogger().addHandler(caplog.handler)
+        with structlog.contextvars.bound_contextvars(job_id="0190-abc", note="of the context"):
+            log.bind(note="bound", size=3).info(
+                "job\nfinished", seconds=0.25, password="hunter22", note="a=b", items=[1, {"token": "x"}], none=None
+            )
+        lines = [line.split(maxsplit=1)[1] for line in str(capsys.readouterr().err).splitlines()]
+        entries = [{name: value for name, value in each.items() if name != "time"} for each in events(file)]
+        file.unlink()
+        return lines, entries
+
+    alone, accompanied = said("debug"), said("info")
+    assert alone == accompanied
+    assert len(alone[0]) == len(alone[1]) == len(caplog.records) == 1
+    assert "hunter22" not in str(alone)
+
+
 def test_where_colour_is_wanted_lines_are_short_and_coloured(configure: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def said() -> str:
         configure()
@@ -179,7 +200,7 @@ from pathlib import Path
 from jobsys import logs
 
 def handler():
-    return logs.SharedFile(Path(sys.argv[1]), limit=50_000, keep=100)
+    return logs.SharedFile(Path(sys.argv[1]), lambda event: event["event"], limit=50_000, keep=100)
 
 logger = logging.getLogger("trial")
 logger.addHandler(handler())
@@ -207,7 +228,7 @@ def test_processes_that_share_and_rotate_a_file_lose_and_break_no_line(tmp_path:
 
 
 def test_only_so_many_rotated_files_are_kept(tmp_path: Path) -> None:
-    handler = logs.SharedFile(tmp_path / "log", limit=100, keep=2)
+    handler = logs.SharedFile(tmp_path / "log", lambda event: str(event["event"]), limit=100, keep=2)
     for number in range(20):
         handler.handle(logging.makeLogRecord({"msg": f"{number:02}" * 60}))
     handler.close()

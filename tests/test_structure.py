@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"system", "timeline"},
     {"openapi"},
     {"api", "admin_ui"},
-    {"app", "worker", "gunicorn_conf", "gunicorn_worker"},
+    {"app", "worker", "gunicorn_conf", "gunicorn_request", "gunicorn_worker"},
     {"dev", "arguments", "terminal", "smoke", "chaos", "doctor", "cli"},
     {"__main__"},
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -10,6 +9,7 @@ import falcon
 from falcon.routing import CompiledRouter
 
 from jobsys import logs, trail
+from jobsys.ids import new_request_id
 from jobsys.measurements import Recorder
 from jobsys.openapi import Parameter
 
@@ -46,7 +46,7 @@ class Envelope:
         context.postponed = False
         context.user = None
         wish = req.get_header("X-Request-ID")
-        context.id = wish if wish and trail.is_request_id(wish) else os.urandom(8).hex()
+        context.id = wish if wish and trail.is_request_id(wish) else new_request_id()
         trail.enter_request(context.id)
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, resource: object, succeeded: bool) -> None:
