@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import select
 import sys
 import threading
@@ -47,6 +48,7 @@ _ESCAPES = {
     code: {10: "\\n", 13: "\\r", 9: "\\t"}.get(code, f"\\u{code:04x}")
     for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
+_BARE = re.compile(r'[^ ="]+')
 _ESCAPES_IN_TRACEBACKS = {code: text for code, text in _ESCAPES.items() if code != 10}
 
 
@@ -71,10 +73,10 @@ class Log(BoundLogger):
             self._proxy_to_logger(name.lower(), event, *args, **values)
             return
         bound = {**structlog.contextvars.get_contextvars(), **self._context, **values, "event": event}
-        said = _follow_trail(None, "", bound)
-        origin = _Origin(self._logger.name, name, time.time(), os.getpid())
+        said = _masked(_follow_trail(None, "", bound))
+        said["_record"], said["_from_structlog"] = _Origin(self._logger.name, name, time.time(), os.getpid()), True
         for handler in _ours:
-            handler.say({**said, "_record": origin, "_from_structlog": True})
+            handler.say({**said})
 
 
 class _Origin(NamedTuple):
@@ -172,9 +174,9 @@ class Forgiving(logging.Handler):
         self.setFormatter(_formatter(lambda event: self._render(_masked(event))))
 
     def say(self, event: EventDict) -> None:
-        """Write the event, if that is possible."""
+        """Write the event, if that is possible. It is masked already."""
         with contextlib.suppress(Exception):
-            text = self._render(_masked(event))
+            text = self._render(event)
             with self.lock or contextlib.nullcontext():
                 self.write(text)
 
@@ -196,10 +198,16 @@ class Forgiving(logging.Handler):
 class Stream(Forgiving):
     """Writes lines to a stream. When nobody reads that (a terminal that was stopped, a full pipe) lines are lost, and counted."""
 
+    _has_descriptor = False
+
     def __init__(self, stream: Any, render: Callable[[EventDict], str]) -> None:
         super().__init__(render)
         self.stream = stream
         self._lost = 0
+        self._writable = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # no descriptor at all: then writing tells
+            self._writable.register(stream.fileno(), select.POLLOUT)
+            self._has_descriptor = True
 
     def write(self, text: str) -> None:
         """Write the line, unless that would have to wait for a reader for longer than READER_PATIENCE."""
@@ -217,12 +225,7 @@ class Stream(Forgiving):
             self.stream.flush()
 
     def _takes_more(self, patience: float) -> bool:
-        try:
-            writable = select.poll()
-            writable.register(self.stream.fileno(), select.POLLOUT)
-            return bool(writable.poll(patience * 1000))
-        except (OSError, ValueError):  # no descriptor at all, or a closed one: writing will tell
-            return True
+        return not self._has_descriptor or bool(self._writable.poll(patience * 1000))
 
 
 class SharedFile(Forgiving):
@@ -307,7 +310,7 @@ def _formatter(render: Callable[[EventDict], str]) -> ProcessorFormatter:
 
 
 def _masked(event: EventDict) -> EventDict:
-    return {key: value if key.startswith("_") else _presentable(key, value) for key, value in event.items()}
+    return {key: value if key[:1] == "_" else _presentable(key, value) for key, value in event.items()}
 
 
 def _presentable(key: str, value: Any) -> Any:
@@ -316,6 +319,8 @@ def _presentable(key: str, value: Any) -> Any:
         return value
     if _is_secret(key):
         return "***"
+    if type(value) is str and len(value) <= LONGEST_VALUE:  # as almost always
+        return mask(value.rstrip("\n"))
     text = _as_json(value) if isinstance(value, (dict, list, tuple)) else str(value).rstrip("\n")
     longest = LONGEST_TRACEBACK if key == "exception" else LONGEST_VALUE
     if len(text) > longest:
@@ -331,24 +336,41 @@ def _is_secret(key: str) -> bool:
 
 
 def _line(event: EventDict, process: str, *, short: bool, colours: bool) -> str:
-    def paint(text: str, colour: str) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if colours else text
-
     record, own = event.pop("_record"), event.pop("_from_structlog")
     level = record.levelname.lower()
-    moment = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3] if short else _utc(record.created)
-    traceback = event.pop("exception", "") or event.pop("stack_info", None) or ""
-    words = [paint(moment, "2"), paint(f"{level:<8}", _COLOURS.get(level, "0"))]
+    traceback = event.pop("exception", "") or event.pop("stack_info", None)
+    said, job_id = printable(event.pop("event", "")), event.pop("job_id", None)
+    if short:
+        words = [_paint(datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3], "2", colours)]
+    else:
+        words = [_paint(_utc(record.created), "2", colours)]
+    words.append(_level(level, colours))
     if not short:
         words.append(f"{process}[{record.process}]")
-    words.append(paint(printable(event.pop("event", "")), "1" if level != "debug" else "2"))
-    if job_id := event.pop("job_id", None):
-        words.append(paint(printable(job_id), "36"))
-    words += [f"{paint(printable(key) + '=', '2')}{_quoted(printable(_text(value)))}" for key, value in event.items()]
+    words.append(_paint(said, "1" if level != "debug" else "2", colours))
+    if job_id:
+        words.append(_paint(printable(job_id), "36", colours))
+    words += [_name(key, colours) + _quoted(printable(_text(value))) for key, value in event.items()]
     if not own and not record.name.startswith("jobsys"):
-        words.append(paint(f"({record.name})", "2"))
-    indented = "".join(f"\n    {line}" for line in str(traceback).translate(_ESCAPES_IN_TRACEBACKS).split("\n") if line)
-    return " ".join(words) + indented
+        words.append(_paint(f"({record.name})", "2", colours))
+    line = " ".join(words)
+    if traceback:
+        line += "".join(f"\n    {each}" for each in str(traceback).translate(_ESCAPES_IN_TRACEBACKS).split("\n") if each)
+    return line
+
+
+def _paint(text: str, colour: str, colours: bool) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if colours else text
+
+
+@lru_cache(10)
+def _level(level: str, colours: bool) -> str:
+    return _paint(f"{level:<8}", _COLOURS.get(level, "0"), colours)
+
+
+@lru_cache(1000)
+def _name(key: str, colours: bool) -> str:
+    return _paint(f"{printable(key)}=", "2", colours)
 
 
 def _json_line(event: EventDict, process: str) -> str:
@@ -371,7 +393,7 @@ def _text(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    return text if text and " " not in text and "=" not in text and '"' not in text else '"' + text.replace('"', '\\"') + '"'
+    return text if _BARE.fullmatch(text) else '"' + text.replace('"', '\\"') + '"'
 
 
 def _utc(seconds: float) -> str:
