@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import falcon
+import falcon.media
 
 import admin_ui
 from jobsys import api, logs, tracing
@@ -37,6 +39,8 @@ def create_app(settings: Settings | None = None, system: JobSystem | None = None
     router = Router()
     app = falcon.App(middleware=middleware, router=router)
     app.req_options.strip_url_path_trailing_slash = True
+    # Falcon's own makes an encoder for each answer.
+    app.resp_options.media_handlers[falcon.MEDIA_JSON] = falcon.media.JSONHandler(dumps=json.JSONEncoder(ensure_ascii=False).encode)
     api.add_to(app, router, system, access)
     admin_ui.add_to(app, system)
     return app

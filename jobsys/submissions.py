@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import psycopg2
+from psycopg2 import extras
 
 from jobsys import db
 from jobsys.errors import DatabaseUnavailable
@@ -41,15 +42,17 @@ class Submitted(NamedTuple):
 
 def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those whose key was not taken."""
-    if len(jobs) == 1 and jobs[0].plain:
-        return db.run(connection, "submit", **jobs[0]._asdict())
+    if all(job.plain for job in jobs):
+        rows = [(*job[:7], job.group_id) for job in jobs]
+        with connection.cursor() as cursor:
+            return extras.execute_values(cursor, db.STATEMENTS["submit"], rows, page_size=LARGEST_INSERT, fetch=True)
     # In the order of their keys: two transactions that wait for each other's keys would be a deadlock.
     jobs = sorted(jobs, key=lambda job: job.idempotency_key or "")
-    rows = []
+    inserted = []
     for start in range(0, len(jobs), LARGEST_INSERT):
-        columns = zip(*jobs[start : start + LARGEST_INSERT], strict=True)
-        rows += db.run(connection, "submit_many", **{name: list(column) for name, column in zip(Submitted._fields, columns, strict=True)})
-    return rows
+        columns = zip(Submitted._fields, zip(*jobs[start : start + LARGEST_INSERT], strict=True), strict=True)
+        inserted += db.run(connection, "submit_many", **{name: list(column) for name, column in columns})
+    return inserted
 
 
 def insert_one(connection: Any, job: Submitted) -> db.Row | None:
