@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import psycopg2
-from psycopg2 import extras
 
 from jobsys import db
 from jobsys.errors import DatabaseUnavailable
@@ -43,9 +43,10 @@ class Submitted(NamedTuple):
 def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those whose key was not taken."""
     if all(job.plain for job in jobs):
-        rows = [(*job[:7], job.group_id) for job in jobs]
         with connection.cursor() as cursor:
-            return extras.execute_values(cursor, db.STATEMENTS["submit"], rows, page_size=LARGEST_INSERT, fetch=True)
+            cursor.execute(_submit(len(jobs)), [(*job[:7], job.group_id) for job in jobs])
+            rows: list[db.Row] = cursor.fetchall()
+            return rows
     # In the order of their keys: two transactions that wait for each other's keys would be a deadlock.
     jobs = sorted(jobs, key=lambda job: job.idempotency_key or "")
     inserted = []
@@ -53,6 +54,11 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
         columns = zip(Submitted._fields, zip(*jobs[start : start + LARGEST_INSERT], strict=True), strict=True)
         inserted += db.run(connection, "submit_many", **{name: list(column) for name, column in columns})
     return inserted
+
+
+@lru_cache(MANY)
+def _submit(jobs: int) -> str:
+    return db.STATEMENTS["submit"].replace("{rows}", ", ".join(["%s"] * jobs))
 
 
 def insert_one(connection: Any, job: Submitted) -> db.Row | None:

@@ -2,10 +2,10 @@
 -- What a worker writes names the id and the claim it holds, and returns the ids it changed: an id that is missing was lost.
 
 -- name: submit
--- Jobs that are due now and have no key: %s is a row for each. What it leaves out has defaults: a shorter statement, because reading and
+-- Jobs that are due now and have no key, a row for each. What it leaves out has defaults: a shorter statement, because reading and
 -- planning it is a good part of its cost. (By arrays, as in submit_many, four jobs cost PostgreSQL three quarters more.)
 insert into jobs (id, type, queue, priority, payload, options, max_attempts, group_id)
-values %s
+values {rows}
 returning id::text, status, run_at, created_at;
 
 -- name: submit_many

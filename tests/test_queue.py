@@ -461,6 +461,7 @@ def prepare(database_url: str, name: str) -> None:
         return f"${names.index(match[1]) + 1}"
 
     statement = db.STATEMENTS[name].replace("{conditions}", "true").replace("{status}", "PENDING")
+    statement = statement.replace("{rows}", "(new_job_id(), 'TEST_JOB', 'default', 0, '{}', '{}', 4, null)")
     if statement.startswith("copy"):
         with contextlib.closing(psycopg2.connect(database_url)) as connection:
             connection.cursor().copy_expert(statement, io.StringIO(""))
