@@ -460,7 +460,8 @@ def test_a_submission_that_fails_is_answered_so_and_happened_at_most_once(web: W
     few, many = ({"ids": list(range(1, n))} for n in (10, 1000))
     for statement, request, made in (
         ("submit", submit, 1),
-        ("submit_many", ("POST", "/api/ingest", few), 3),
+        ("submit", ("POST", "/api/ingest", few), 3),
+        ("submit_many", ("POST", "/jobs", {"type": "TEST_JOB", "delay": 60}), 1),
         ("commit", ("POST", "/api/ingest", few), 3),
         ("stream", ("POST", "/api/ingest", many), 333),
         ("commit", ("POST", "/api/ingest", many), 333),
