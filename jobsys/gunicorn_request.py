@@ -26,11 +26,30 @@ _USUAL = re.compile(
     rb"((?:[A-Za-z0-9-]+:[\t -~]*\r\n){0,60})\r\n"
 )
 _FOR_GUNICORN = frozenset(("EXPECT", "TRANSFER-ENCODING", "UPGRADE"))
-_MATTERS = (
-    *("accesslog", "casefold_http_method", "forwarder_headers", "header_map", "http2_cleartext", "is_ssl", "limit_request_field_size"),
-    *("limit_request_fields", "limit_request_line", "max_requests", "permit_obsolete_folding", "permit_unconventional_http_method"),
-    *("permit_unconventional_http_version", "post_request", "pre_request", "protocol", "proxy_protocol", "strip_header_spaces"),
-)
+_MATTERS = [
+    "accesslog",
+    "casefold_http_method",
+    "forwarder_headers",
+    "header_map",
+    "http2_cleartext",
+    "is_ssl",
+    "limit_request_field_size",
+    "limit_request_fields",
+    "limit_request_line",
+    "logconfig",
+    "logconfig_dict",
+    "logconfig_json",
+    "max_requests",
+    "permit_obsolete_folding",
+    "permit_unconventional_http_method",
+    "permit_unconventional_http_version",
+    "post_request",
+    "pre_request",
+    "protocol",
+    "proxy_protocol",
+    "strip_header_spaces",
+    "syslog",
+]
 """Settings of gunicorn's that change what it makes of requests."""
 
 

@@ -242,9 +242,20 @@ class PatientSocket(socket.socket):
                 self._send_waiting(rest[start : start + PIECE])
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """Like socket.sendfile, after all that was kept."""
+        """Like socket.sendfile, after all that was kept. (That one doesn't rest while the client takes nothing, on some file systems.)"""
         self._send_waiting(memoryview(self.take_unsent()))
-        return super().sendfile(file, offset, count)
+        file.seek(offset)
+        sent = 0
+        while piece := file.read(PIECE if count is None else min(PIECE, count - sent)):
+            self._send_waiting(memoryview(piece))
+            sent += len(piece)
+        return sent
+
+    def shutdown(self, how: int) -> None:
+        """Like socket.shutdown, after all that was collected."""
+        with contextlib.suppress(OSError):
+            self.send_collected()
+        super().shutdown(how)
 
     def send_collected(self) -> None:
         """All was said. What its client doesn't take at once stays `unsent`."""
@@ -310,17 +321,20 @@ class PatientSocket(socket.socket):
 
     def reads_on(self, parser: Any) -> bool:
         """Whether the connection is good for another request: what the application left of the body has come, and is read now."""
-        if parser is None:  # none of gunicorn's kind yet
-            return True
-        self.deadline = 0.0
-        try:
-            if not parser.finish_body(deadline=time.monotonic() + HURRY):
+        if parser is not None:  # else none was of gunicorn's kind yet
+            self.deadline = 0.0
+            try:
+                if not parser.finish_body(deadline=time.monotonic() + HURRY):
+                    return False
+            except OSError:
                 return False
-        except OSError:
-            return False
-        self.arrived = parser.unreader.take_buffered() + self.arrived
-        self.deadline = time.monotonic() + PATIENCE if self.arrived else math.inf
+            self.arrived = parser.unreader.take_buffered() + self.arrived
+        self.awaits_request()
         return True
+
+    def awaits_request(self) -> None:
+        """From now on, the next one; a part of it may have come."""
+        self.deadline = time.monotonic() + PATIENCE if self.arrived else math.inf
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         """Like socket.recv. Raises TimeoutError at the deadline."""
@@ -638,7 +652,6 @@ class PatientWorker(ThreadWorker):
     def _handle_usual(self, connection: TConn, request: gunicorn_request.Request) -> bool:
         """Whether the connection stays, after the answer."""
         connection.sock.arrived = request.rest
-        connection.sock.deadline = time.monotonic() + PATIENCE if request.rest else math.inf
         response = gunicorn_request.Response(request, connection.sock, self.cfg)
         try:
             if not self.alive or not self.cfg.keepalive or len(self.keepalived_conns) >= self.max_keepalived:
@@ -664,6 +677,7 @@ class PatientWorker(ThreadWorker):
             else:
                 self.handle_error(request, connection.sock, connection.client, error)
             return False
+        connection.sock.awaits_request()
         return not response.should_close()
 
     def _keepalive_after(self, conn: TConn, keepalive: bool) -> bool:

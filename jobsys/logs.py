@@ -69,14 +69,17 @@ class Log(BoundLogger):
         """Log the line; without structlog and the standard library, which take three quarters of the time, where both would only bring it
         to our own handlers."""
         name = logging.getLevelName(level)
-        if args or not values.keys().isdisjoint(("exc_info", "stack_info")) or not _reaches_ours_only(self._logger):
+        bound: EventDict = {**self._context, **values, "event": "" if event is None else event}
+        if args or "exc_info" in bound or "stack_info" in bound or not _reaches_ours_only(self._logger):
             self._proxy_to_logger(name.lower(), event, *args, **values)
             return
-        bound = {**structlog.contextvars.get_contextvars(), **self._context, **values, "event": event}
-        said = _masked(_follow_trail(None, "", bound))
-        said["_record"], said["_from_structlog"] = _Origin(self._logger.name, name, time.time(), os.getpid()), True
-        for handler in _ours:
-            handler.say({**said})
+        with contextlib.suppress(Exception):  # see Forgiving
+            for key, value in structlog.contextvars.get_contextvars().items():
+                bound.setdefault(key, value)
+            said = _masked(_follow_trail(None, "", bound))
+            said["_record"], said["_from_structlog"] = _Origin(self._logger.name, name, time.time(), os.getpid()), True
+            for handler in _ours:
+                handler.say({**said})
 
 
 class _Origin(NamedTuple):
@@ -97,7 +100,7 @@ def _reaches_ours_only(logger: logging.Logger) -> bool:
     at: logging.Logger | None = logger
     while at is not None and not at.filters and not at.disabled:
         if at.parent is None:
-            return at.handlers == _ours
+            return at.handlers == _ours and not any(handler.level or handler.filters for handler in _ours)
         if at.handlers or not at.propagate:
             return False
         at = at.parent

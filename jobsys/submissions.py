@@ -42,6 +42,8 @@ class Submitted(NamedTuple):
 
 def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     """Insert jobs on a connection, inside its transaction; (id, status, run_at, created_at) of those whose key was not taken."""
+    if not jobs:
+        return []
     if all(job.plain for job in jobs):
         with connection.cursor() as cursor:
             cursor.execute(_submit(len(jobs)), [(*job[:7], job.group_id) for job in jobs])

@@ -269,6 +269,17 @@ def test_more_connections_than_threads_are_served_in_turn_and_one_may_send_ahead
                     answer += part
 
 
+def test_a_request_that_began_to_come_during_the_one_before_has_its_time_after_it(web: Running, system: JobSystem) -> None:
+    slow = f"/jobs/{system.submit('TEST_JOB').id}?wait=4.6"
+    for path, header in ((slow, ""), (slow, "X: 1\r\nX: 2\r\n"), ("/health/live", "")):
+        with contextlib.closing(connect(web)) as client:
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{header}\r\nGET /health".encode())
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+            time.sleep(1.2)
+            client.sendall(b"/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_clients_that_send_ahead_without_end_leave_others_their_turn(web: Running) -> None:
     question = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     until = time.monotonic() + 4

@@ -57,7 +57,7 @@ def test_a_line_is_the_same_whether_or_not_others_listen(configure: Any, capsys:
         configure(log_file=file, log_level=level)
         if caplog.handler not in logging.getLogger().handlers and level == "info":
             logging.getLogger().addHandler(caplog.handler)
-        with structlog.contextvars.bound_contextvars(job_id="0190-abc", note="of the context"):
+        with structlog.contextvars.bound_contextvars(job_id="0190-abc", note="of the context", more=1):
             log.bind(note="bound", size=3).info(
                 "job\nfinished", seconds=0.25, password="hunter22", note="a=b", items=[1, {"token": "x"}], none=None
             )
@@ -70,6 +70,30 @@ def test_a_line_is_the_same_whether_or_not_others_listen(configure: Any, capsys:
     assert alone == accompanied
     assert len(alone[0]) == len(alone[1]) == len(caplog.records) == 1
     assert "hunter22" not in str(alone)
+
+
+def test_a_value_that_cannot_be_written_costs_the_line_and_not_the_thread(configure: Any, capsys: Any) -> None:
+    class Unwritable:
+        def __str__(self) -> str:
+            raise RuntimeError("boom")
+
+    configure()
+    for value in (Unwritable(), {"a": Unwritable()}):
+        log.info("one", value=value)
+        log.warning("one", value=value)
+    log.info("two")
+    assert "two" in capsys.readouterr().err
+
+
+def test_a_level_or_filter_of_a_handler_holds_for_all_lines(configure: Any, capsys: Any) -> None:
+    configure()
+    handler = logging.getLogger().handlers[0]
+    handler.addFilter(lambda record: False)
+    log.info("filtered")
+    handler.filters.clear()
+    handler.setLevel(logging.ERROR)
+    log.info("too low")
+    assert capsys.readouterr().err == ""
 
 
 def test_where_colour_is_wanted_lines_are_short_and_coloured(configure: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

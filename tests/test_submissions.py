@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -179,3 +181,22 @@ def test_ctrl_c_while_many_are_described_is_no_database_error(system: JobSystem,
     with pytest.raises(KeyboardInterrupt):
         system.submit_many(many())
     assert system.counts()["PENDING"] == 0
+
+
+FORKS = """
+import os, sys
+from jobsys.ids import new_job_id, new_request_id
+
+for _ in range(4):
+    new_job_id(), new_request_id()
+    if os.fork() == 0:
+        break
+# One write, which the pipe keeps whole.
+os.write(1, "".join(f"{new_job_id()[19:]} {new_request_id()}\\n" for _ in range(100)).encode())
+"""
+
+
+def test_forked_processes_make_different_ids() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True, timeout=30)
+    randoms = done.stdout.split()
+    assert len(randoms) == len(set(randoms)) == 5 * 100 * 2
