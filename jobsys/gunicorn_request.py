@@ -27,28 +27,17 @@ _USUAL = re.compile(
 )
 _FOR_GUNICORN = frozenset(("EXPECT", "TRANSFER-ENCODING", "UPGRADE"))
 _MATTERS = [
-    "accesslog",
-    "casefold_http_method",
-    "forwarder_headers",
-    "header_map",
-    "http2_cleartext",
-    "is_ssl",
-    "limit_request_field_size",
-    "limit_request_fields",
-    "limit_request_line",
-    "logconfig",
-    "logconfig_dict",
-    "logconfig_json",
-    "max_requests",
-    "permit_obsolete_folding",
-    "permit_unconventional_http_method",
-    "permit_unconventional_http_version",
-    "post_request",
-    "pre_request",
-    "protocol",
-    "proxy_protocol",
-    "strip_header_spaces",
-    "syslog",
+    *("accesslog", "casefold_http_method", "forwarder_headers", "header_map", "http2_cleartext", "is_ssl"),
+    *("limit_request_field_size", "limit_request_fields", "limit_request_line", "logconfig", "logconfig_dict", "logconfig_json"),
+    *(
+        "max_requests",
+        "permit_obsolete_folding",
+        "permit_unconventional_http_method",
+        "permit_unconventional_http_version",
+        "post_request",
+        "pre_request",
+    ),
+    *("protocol", "proxy_protocol", "strip_header_spaces", "syslog"),
 ]
 """Settings of gunicorn's that change what it makes of requests."""
 
