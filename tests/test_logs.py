@@ -52,10 +52,10 @@ def test_an_event_is_one_line_with_time_level_process_words_and_job(configure: A
 
 
 def test_a_line_is_the_same_whether_or_not_others_listen(configure: Any, capsys: Any, tmp_path: Path, caplog: Any) -> None:
-    def said(level: str = "debug") -> tuple[list[str], list[dict[str, Any]]]:
+    def said(*, accompanied: bool) -> tuple[list[str], list[dict[str, Any]]]:
         file = tmp_path / "log"
-        configure(log_file=file, log_level=level)
-        if caplog.handler not in logging.getLogger().handlers and level == "info":
+        configure(log_file=file)
+        if accompanied:
             logging.getLogger().addHandler(caplog.handler)
         with structlog.contextvars.bound_contextvars(job_id="0190-abc", note="of the context", more=1):
             log.bind(note="bound", size=3).info(
@@ -66,7 +66,7 @@ def test_a_line_is_the_same_whether_or_not_others_listen(configure: Any, capsys:
         file.unlink()
         return lines, entries
 
-    alone, accompanied = said("debug"), said("info")
+    alone, accompanied = said(accompanied=False), said(accompanied=True)
     assert alone == accompanied
     assert len(alone[0]) == len(alone[1]) == len(caplog.records) == 1
     assert "hunter22" not in str(alone)
