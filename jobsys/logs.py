@@ -40,6 +40,8 @@ FILES_KEPT = 5
 LONGEST_VALUE = 2_000
 LONGEST_TRACEBACK = 20_000
 
+LONGEST_LOCK = 2.0
+"""Seconds that a line waits for those of other threads."""
 READER_PATIENCE = 0.5
 """Seconds that a line waits for whoever reads the stream; while nobody does, the next ones don't wait at all."""
 
@@ -171,6 +173,8 @@ class Forgiving(logging.Handler):
     """Writes what `render` makes of events. A line that can't be written is lost, and not the thread that logs it: a job may have closed
     the stream, the disk may be full."""
 
+    _lock_is_lost = False
+
     def __init__(self, render: Callable[[EventDict], str]) -> None:
         super().__init__()
         self._render = render
@@ -179,19 +183,26 @@ class Forgiving(logging.Handler):
     def say(self, event: EventDict) -> None:
         """Write the event, if that is possible. It is masked already."""
         with contextlib.suppress(Exception):
-            text = self._render(event)
-            with self.lock or contextlib.nullcontext():
-                self.write(text)
+            self._write_alone(self._render(event))
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Write the record, if that is possible."""
         with contextlib.suppress(Exception):
-            super().handle(record)
+            if self.filter(record):
+                self._write_alone(self.format(record))
         return True
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write the record. Called under the handler's lock."""
-        self.write(self.format(record))
+    def _write_alone(self, text: str) -> None:
+        # A thread that met the end of its stack, or of all memory, may have left the lock taken: the others must not wait for ever.
+        lock: Any = self.lock
+        if not lock.acquire(timeout=0 if self._lock_is_lost else LONGEST_LOCK):
+            self._lock_is_lost = True
+            return
+        self._lock_is_lost = False
+        try:
+            self.write(text)
+        finally:
+            lock.release()
 
     def write(self, text: str) -> None:
         """Write the line. Called under the handler's lock."""
