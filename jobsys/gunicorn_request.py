@@ -27,17 +27,10 @@ _USUAL = re.compile(
 )
 _FOR_GUNICORN = frozenset(("EXPECT", "TRANSFER-ENCODING", "UPGRADE"))
 _MATTERS = [
-    *("accesslog", "casefold_http_method", "forwarder_headers", "header_map", "http2_cleartext", "is_ssl"),
-    *("limit_request_field_size", "limit_request_fields", "limit_request_line", "logconfig", "logconfig_dict", "logconfig_json"),
-    *(
-        "max_requests",
-        "permit_obsolete_folding",
-        "permit_unconventional_http_method",
-        "permit_unconventional_http_version",
-        "post_request",
-        "pre_request",
-    ),
-    *("protocol", "proxy_protocol", "strip_header_spaces", "syslog"),
+    *("accesslog", "casefold_http_method", "forwarder_headers", "header_map", "http2_cleartext", "is_ssl", "limit_request_field_size"),
+    *("limit_request_fields", "limit_request_line", "logconfig", "logconfig_dict", "logconfig_json", "max_requests"),
+    *("permit_obsolete_folding", "permit_unconventional_http_method", "permit_unconventional_http_version", "post_request"),
+    *("pre_request", "protocol", "proxy_protocol", "strip_header_spaces", "syslog"),
 ]
 """Settings of gunicorn's that change what it makes of requests."""
 
@@ -46,8 +39,6 @@ class Request:
     """A request of the usual kind, with the attributes of gunicorn's that its Response and its handling of errors look at."""
 
     version = (1, 1)
-    closes = False
-    """Whether its client wants no other on this connection."""
 
     def __init__(self, method: str, path: str, query: str, headers: dict[str, str], scheme: str, body: bytes, rest: bytes) -> None:
         self.method, self.path, self.uri, self.query, self.scheme = method, path, path + query, query[1:], scheme
@@ -59,7 +50,7 @@ class Request:
 
     def should_close(self) -> bool:
         """Whether its client wants no other on this connection."""
-        return self.closes
+        return self.headers.get("CONNECTION", "").lower() == "close"
 
 
 class Reader:
@@ -85,7 +76,7 @@ class Reader:
     def read(self, data: bytes, client: Any) -> Request | None:
         """The request at the beginning of `data`; None when gunicorn is to read it. Its body has come, or it is not of the usual kind."""
         match = _USUAL.match(data) if self.reads and isinstance(client, tuple) else None
-        if match is None or match.end(3) > _LONGEST_LINE or match.end(2) > _LONGEST_LINE or match.end() - match.start(4) > _LONGEST_FIELDS:
+        if match is None or match.start(4) > _LONGEST_LINE or match.end() - match.start(4) > _LONGEST_FIELDS:
             return None
         headers: dict[str, str] = {}
         for line in match[4].decode().split("\r\n"):
@@ -108,9 +99,7 @@ class Reader:
         if end > len(data) or wish not in ("keep-alive", "close"):
             return None
         method, path, query = match[1].decode(), match[2].decode(), (match[3] or b"").decode()
-        request = Request(method, path, query, headers, scheme, data[match.end() : end], data[end:])
-        request.closes = wish == "close"
-        return request
+        return Request(method, path, query, headers, scheme, data[match.end() : end], data[end:])
 
     def environ(self, request: Request, connection: Any) -> dict[str, Any]:
         """What PEP 3333 says that the application gets."""

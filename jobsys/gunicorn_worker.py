@@ -40,6 +40,7 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 from jobsys import gunicorn_request
 from jobsys.api.envelope import HEADERS, UNLESS_SET
+from jobsys.ids import new_request_id
 
 PATIENCE, HURRY = 4.0, 1.5
 """Seconds a request may take to arrive; and what is left of a large one when a thread has begun to read it, while none other is free…"""
@@ -806,7 +807,7 @@ def _write_problem(client: socket.socket, status: int, reason: str, message: str
         "Connection": "close",
         "Content-Type": "application/problem+json",
         "Content-Length": len(data),
-        "X-Request-ID": os.urandom(8).hex(),
+        "X-Request-ID": new_request_id(),
     }
     head = "".join(f"{name}: {value}\r\n" for name, value in {**own, **HEADERS, **UNLESS_SET}.items())
     util.write_nonblock(client, f"HTTP/1.1 {status} {reason}\r\n{head}\r\n".encode("latin-1") + data)

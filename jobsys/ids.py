@@ -1,4 +1,4 @@
-"""Job ids: UUIDs of version 7 (RFC 9562), so that sorting by id is sorting by time of creation."""
+"""Job ids: UUIDs of version 7 (RFC 9562), so that sorting by id is sorting by time of creation. And the ids of requests that bring none."""
 
 from __future__ import annotations
 

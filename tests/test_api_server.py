@@ -179,7 +179,7 @@ def test_clients_that_keep_their_connections_are_shared_by_all_processes(start_w
 
     eventually(lambda: spread() < 30)
     assert sorted(spread() for _ in range(5))[2] <= 4
-    # One that is stuck has fewest, and gets those that it takes itself: none.
+    # One that is stuck has fewest, and leaving clients to it must not keep them waiting.
     stuck = min(connections())
     psutil.Process(stuck).suspend()
     try:

@@ -85,6 +85,34 @@ def test_a_value_that_cannot_be_written_costs_the_line_and_not_the_thread(config
     assert "two" in capsys.readouterr().err
 
 
+def test_a_lock_that_a_dying_thread_took_along_costs_lines_and_stops_nobody(configure: Any, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(logs, "LONGEST_LOCK", 0.05)
+    configure()
+    lock: Any = logging.getLogger().handlers[0].lock
+    taken, given_back = threading.Event(), threading.Event()
+
+    def take_along() -> None:
+        with lock:
+            taken.set()
+            given_back.wait(30)
+
+    holder = threading.Thread(target=take_along)
+    holder.start()
+    taken.wait(30)
+    try:
+        writers = [threading.Thread(target=say, args=("lost",), daemon=True) for say in (log.info, log.warning)]
+        for writer in writers:
+            writer.start()
+            writer.join(10)
+        assert not any(writer.is_alive() for writer in writers)
+    finally:
+        given_back.set()
+        holder.join()
+    log.info("here again")
+    said = capsys.readouterr().err
+    assert "here again" in said and "lost" not in said
+
+
 def test_a_level_or_filter_of_a_handler_holds_for_all_lines(configure: Any, capsys: Any) -> None:
     configure()
     handler = logging.getLogger().handlers[0]
