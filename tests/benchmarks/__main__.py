@@ -27,6 +27,7 @@ PARTS = [
     "memory",
     "real",
     "prune",
+    "steady",
 ]
 LIBRARIES = [
     "dramatiq",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-SMALLER_IS_BETTER = ("ms", "MB", "times the buffers")
+SMALLER_IS_BETTER = ("ms", "MB", "times the buffers", "times what it was")
 
 
 @dataclass
