@@ -8,7 +8,7 @@ close its connection.
 As it comes, one thread also hands each request to another and takes the connection back, and both want the interpreter's lock for it.
 Here the threads themselves wait for the next request, of whichever connection.
 
-And an application may say that it will answer later (`Exchange`). No thread waits for that either.
+And an application may say that it will answer later, or that its answer is to be sent later (`Exchange`). No thread waits for that either.
 
 As it comes, whichever process looks first accepts all who come at once; clients that keep their connections stay with it, and the other
 processes have nothing to do. Here each leaves those who come to the processes that have fewer (`Loads`).
@@ -71,9 +71,12 @@ class Exchange:
     While the application answers, it can `postpone`. What it has answered then is not sent; from then on a thread calls `proceed` after
     each `wake`, after what was sent has left, and once `over` is true: the client has gone, or the server ends. `proceed` either
     answers, or sends a piece, or does nothing yet.
+
+    Or it can `hold` what it is about to answer until `release`. Then `proceed` is called once, and may answer otherwise.
     """
 
     over = False
+    held = False
     proceed: Callable[[], None] | None = None
     # What follows is the server's. (Few requests need any of it, so it is the class's until then.)
     connection: TConn = None
@@ -82,7 +85,7 @@ class Exchange:
     woken = False
     stuck_since = math.inf
     _status = ""
-    _stays = False
+    keeps = False
 
     def __init__(self, worker: PatientWorker, start_response: Callable[..., Any]) -> None:
         self._worker = worker
@@ -92,7 +95,7 @@ class Exchange:
     def with_rest_of_answer(cls, worker: PatientWorker, connection: TConn, stays: bool) -> Exchange:
         """What is left of an exchange that is over but for the client, which has not taken all of its answer yet."""
         exchange = cls(worker, util.write)
-        exchange.ended, exchange._stays = True, stays
+        exchange.ended, exchange.keeps = True, stays
         exchange.connection, exchange.descriptor = connection, connection.sock.fileno()
         exchange.unsent, exchange.stuck_since = connection.sock.take_unsent(), time.monotonic()
         worker.count_postponed(1)
@@ -106,23 +109,43 @@ class Exchange:
         self.unsent = bytearray()
         return True
 
+    def hold(self, proceed: Callable[[], None]) -> bool:
+        """Have what is answered now sent after `release`. False: that can't be; it is sent at once."""
+        if type(self._response) is not gunicorn_request.Response or self._response.sock.is_large:
+            return False
+        self.held, self.proceed = True, proceed
+        self._parties = itertools.count()
+        return True
+
+    def unhold(self) -> None:
+        """Have it sent at once after all. Not after `release`."""
+        self.held, self.proceed = False, None
+
+    def release(self) -> None:
+        """What is held may be sent. May be said by any thread, at any time, once; if all was said by then, this thread sends it."""
+        if next(self._parties):
+            self._worker.end_held(self)
+
     def wake(self) -> None:
         """Have `proceed` called. May be said by any thread, at any time."""
         self._worker.keepalived_conns.wake(self)
 
-    def answer(self, body: bytes, status: str | None = None, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """The whole answer: as it was begun, but with this status, these headers and this body."""
+    def answer(self, body: bytes, status: str | None = None, headers: Iterable[tuple[str, str | None]] = ()) -> None:
+        """The whole answer: as it was begun, but with this status, these headers (None: without it) and this body."""
         changed = {name.lower(): (name, value) for name, value in (*headers, ("Content-Length", str(len(body))))}
         kept = [header for header in self._headers if header[0].lower() not in changed]
+        if self.held:
+            self.connection.sock.take_unsent()
+            self._start = gunicorn_request.Response(self._response.req, self.connection.sock, self._response.cfg).start_response
         if not self._worker.alive:
             self._response.force_close()
-        self._start(status or self._status, [*kept, *changed.values()])
+        self._start(status or self._status, [*kept, *(header for header in changed.values() if header[1] is not None)])
         self.ended = True
         self.connection.sock.collects = True
         self._response.write(b"" if self._response.req.method == "HEAD" else body)
         self._response.close()
         self.connection.sock.collects = False
-        self._stays = not self._response.should_close()
+        self.keeps = not self._response.should_close()
 
     def send(self, piece: bytes) -> None:
         """A piece of an answer of unknown length. The next one is due after this one has left, when `proceed` is called again."""
@@ -146,9 +169,9 @@ class Exchange:
 
     def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         """WSGI's; what is answered later is kept."""
-        if self.proceed is None:
-            return self._start(status, headers, exc_info)
         self._status, self._headers = status, headers
+        if self.held or self.proceed is None:
+            return self._start(status, headers, exc_info)
         return self._response.write
 
     def refused_after_all(self) -> bool:
@@ -180,7 +203,7 @@ class Exchange:
 
     def stays(self) -> bool:
         """Whether the connection, after the answer, is good for another request."""
-        return self._stays and self.connection.sock.reads_on(self.connection.parser)
+        return self.keeps and self.connection.sock.reads_on(self.connection.parser)
 
 
 class Postponed(BaseException):
@@ -581,6 +604,8 @@ class PatientWorker(ThreadWorker):
         self._large = 0
         self._large_ones: deque[TConn] = deque()
         """Large requests that wait for others of their kind."""
+        self._held: dict[Exchange, None] = {}
+        """What was answered, and waits to be released."""
         self._leaves_to_others_from = -math.inf
         # They don't change any more; looking them up in gunicorn's way takes 5 % of a request's time.
         self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
@@ -626,7 +651,7 @@ class PatientWorker(ThreadWorker):
             listener.close()
 
     def handle(self, conn: TConn) -> Any:
-        taken = self.nr_conns - len(self.keepalived_conns) - len(self._large_ones)
+        taken = self.nr_conns - len(self.keepalived_conns) - len(self._large_ones) - len(self._held)
         conn.sock.patience = LONGEST_SEND if taken <= self.cfg.threads // 2 else LONGEST_PIECE
         conn.sock.collects = True
         request = self._reader.read(conn.sock.arrived, conn.client)
@@ -642,22 +667,27 @@ class PatientWorker(ThreadWorker):
             return exchange
         finally:
             conn.sock.collects = False
+        return keep if isinstance(keep, Exchange) else self._send_collected(conn, keep)
+
+    def _send_collected(self, connection: TConn, keep: Any) -> Any:
+        """`keep`, if all can be sent; or an Exchange, for the rest."""
         try:
-            conn.sock.send_collected()
+            connection.sock.send_collected()
         except OSError:  # the client has gone
             return False
-        if conn.sock.unsent and conn.sock.fileno() >= 0:
-            return Exchange.with_rest_of_answer(self, conn, bool(keep))
+        if connection.sock.unsent and connection.sock.fileno() >= 0:
+            return Exchange.with_rest_of_answer(self, connection, bool(keep))
         return keep
 
-    def _handle_usual(self, connection: TConn, request: gunicorn_request.Request) -> bool:
-        """Whether the connection stays, after the answer."""
+    def _handle_usual(self, connection: TConn, request: gunicorn_request.Request) -> bool | Exchange:
+        """Whether the connection stays, after the answer; an Exchange, if that is held."""
         connection.sock.arrived = request.rest
         response = gunicorn_request.Response(request, connection.sock, self.cfg)
         try:
             if not self.alive or not self.cfg.keepalive or len(self.keepalived_conns) >= self.max_keepalived:
                 response.force_close()
-            answer = self.wsgi(self._reader.environ(request, connection), response.start_response)
+            environ = self._reader.environ(request, connection)
+            answer = self.wsgi(environ, response.start_response)
             try:
                 if isinstance(answer, wsgi.FileWrapper):
                     response.write_file(answer)
@@ -679,7 +709,11 @@ class PatientWorker(ThreadWorker):
                 self.handle_error(request, connection.sock, connection.client, error)
             return False
         connection.sock.awaits_request()
-        return not response.should_close()
+        exchange: Exchange = environ["jobsys.exchange"]
+        if not exchange.held:
+            return not response.should_close()
+        exchange.connection, exchange.keeps = connection, not response.should_close()
+        return exchange
 
     def _keepalive_after(self, conn: TConn, keepalive: bool) -> bool:
         conn.sock.send_collected()
@@ -714,19 +748,32 @@ class PatientWorker(ThreadWorker):
                         self._end_large()
                 else:
                     keep = not connection.sock.lingers and self.handle(connection)
-                if isinstance(keep, Exchange):
-                    self._wait_with(keep)
-                    continue
-                if keep and connection.sock.has_request():
-                    # Of a client that doesn't wait for answers, the next request came along with this one. Others have their turn first.
-                    self.keepalived_conns.put_behind(connection)
-                    continue
-                if keep or (not connection.sock.lingers and self._linger(connection)):
-                    self.keepalived_conns.add(connection)
-                    continue
+                self._let_go(connection, keep)
             except BaseException:  # also SystemExit: the thread has others to serve
                 self.log.exception("a connection ended badly")
+                self._end(connection)
+
+    def _let_go(self, connection: TConn, keep: Any) -> None:
+        """What was asked is answered, as far as it can be now. From here on the connection may be another thread's."""
+        if isinstance(keep, Exchange):
+            self._wait_with(keep)
+        elif keep and connection.sock.has_request():
+            # Of a client that doesn't wait for answers, the next request came along with this one. Others have their turn first.
+            self.keepalived_conns.put_behind(connection)
+        elif keep or (not connection.sock.lingers and self._linger(connection)):
+            self.keepalived_conns.add(connection)
+        else:
             self._end(connection)
+
+    def end_held(self, exchange: Exchange) -> None:
+        """Send what was held."""
+        self._held.pop(exchange, None)
+        try:
+            exchange.proceed()  # type: ignore[misc]
+            self._let_go(exchange.connection, self._send_collected(exchange.connection, exchange.keeps))
+        except BaseException:
+            self.log.exception("a connection ended badly")
+            self._end(exchange.connection)
 
     def _begin_large(self, connection: TConn) -> bool:
         """Whether a large request may be served now; else it has its turn later."""
@@ -749,11 +796,15 @@ class PatientWorker(ThreadWorker):
         exchange = Exchange(self, start_response)
         environ["jobsys.exchange"] = exchange
         answer = self._application(environ, exchange.start_response)
-        if exchange.proceed is None or exchange.refused_after_all():
+        if exchange.held or exchange.proceed is None or exchange.refused_after_all():
             return answer
         raise Postponed(exchange)
 
     def _wait_with(self, exchange: Exchange) -> None:
+        if exchange.held:
+            self._held[exchange] = None
+            exchange.release()
+            return
         self.keepalived_conns.add_exchange(exchange)
         if not self.alive and not exchange.ended:  # perhaps the others had been woken just before
             self.keepalived_conns.wake(exchange, over=True)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import psycopg2
 
-from jobsys import db
+from jobsys import db, logs
 from jobsys.errors import DatabaseUnavailable
 from jobsys.interrupt import undisturbed
 
 LARGEST_INSERT = 1000
+REFUSED = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.InternalError)
+"""What a statement fails with that PostgreSQL, or a trigger of somebody's, doesn't want; nothing of it has happened then."""
+IDLE = 5.0
+"""Seconds after which the thread that inserts for others ends, when it had nothing to do."""
 MANY = 100
 """From so many on, jobs are streamed: before that, COPY would cost more than it spares."""
+log = logs.get(__name__)
 
 
 class Submitted(NamedTuple):
@@ -120,8 +126,8 @@ def _line(job: Submitted) -> str:
 class Submissions:
     """Inserts what several threads submit at the same time by one statement in one commit.
 
-    Whoever comes first inserts its job at once. Who comes while that is on its way waits, and goes together with all others who do: so a
-    thread that is alone loses nothing, and a crowd shares commits.
+    Who finds nobody inserting inserts its job itself, at once. What comes while that is on its way waits, and a thread of our own then
+    inserts it, all that waits by then together: so a thread that is alone loses nothing, and a crowd shares commits.
     """
 
     def __init__(self, database: db.Database) -> None:
@@ -129,6 +135,9 @@ class Submissions:
         self._lock = threading.Lock()
         self._waiting: deque[_Turn] = deque()
         self._inserting = False
+        self._thread: threading.Thread | None = None
+        self._bell = threading.Semaphore(0)
+        """Rung for the thread when something waits and nobody inserts."""
 
     def insert(self, job: Submitted) -> db.Row | None:
         """(id, status, run_at, created_at) of the job, committed; None when its key is taken. Raises DatabaseUnavailable, and
@@ -137,46 +146,85 @@ class Submissions:
             # A key may have to wait for somebody's open transaction: alone.
             with self._database.connection() as connection:
                 return insert_one(connection, job)
-        turn = _Turn(job)
+        turn = _Awaited(job)
         # A job's function may submit, and be stopped meanwhile: not in here, where others wait.
         with undisturbed():
             with self._lock:
-                self._waiting.append(turn)
-                leads = not self._inserting
+                alone = not self._inserting
                 self._inserting = True
-            try:
-                leads = leads or turn.wait()
-            except BaseException:  # Ctrl-C
-                self._withdraw(turn)
-                raise
-            if leads:
-                self._lead()
+                if not alone:
+                    self._waiting.append(turn)
+            if alone:
+                try:
+                    self._insert([turn])
+                finally:
+                    self._go_on()
+            else:
+                self._await(turn)
         if turn.error is not None:
             raise turn.error
         return turn.row
 
-    def _lead(self) -> None:
-        """Insert whatever waits, and hand the lead to the first of those who came meanwhile."""
+    def insert_with_others(self, job: Submitted, then: Callable[[Exception | None], None]) -> bool:
+        """False: nobody is inserting just now. True: the job, a plain one, goes with the next ones, and `then` is called in another thread,
+        once: when it is committed with None, else with what `insert` would have raised. It may have been called by now."""
+        with self._lock:
+            if self._inserting:
+                self._waiting.append(_Told(job, then))
+            return self._inserting
+
+    def _await(self, turn: _Awaited) -> None:
+        try:
+            turn.wait()
+        except BaseException:  # Ctrl-C
+            with self._lock, contextlib.suppress(ValueError):
+                self._waiting.remove(turn)
+            raise
+
+    def _go_on(self) -> None:
+        """Whoever has inserted leaves to the thread what came meanwhile."""
+        with self._lock:
+            self._inserting = bool(self._waiting)
+            if not self._inserting or self._ring():
+                return
+        while self._insert_waiting():
+            pass
+
+    def _ring(self) -> bool:
+        """Tell the thread; False: there is none to be had. Called under the lock."""
+        if self._thread is None or not self._thread.is_alive():
+            thread = threading.Thread(target=self._insert_for_others, name="jobsys submissions", daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):
+                return False
+            self._thread = thread
+        self._bell.release()
+        return True
+
+    def _insert_for_others(self) -> None:
+        """The thread, which ends when it had nothing to do for a while."""
+        while True:
+            rung = self._bell.acquire(timeout=IDLE)
+            with self._lock:
+                if not (rung or self._bell.acquire(blocking=False)):
+                    self._thread = None
+                    return
+            while self._insert_waiting():
+                pass
+
+    def _insert_waiting(self) -> bool:
+        """Insert whatever waits; whether more has come meanwhile."""
         with self._lock:
             group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_INSERT))]
         try:
             self._insert(group)
         finally:
             with self._lock:
-                self._inserting = bool(self._waiting)
-                if self._waiting:
-                    self._waiting[0].end(leads=True)
+                self._inserting = more = bool(self._waiting)
             for turn in group:
                 turn.end()
-
-    def _withdraw(self, turn: _Turn) -> None:
-        """A thread gives up waiting: nobody is to wait for it, should it just have been given the lead."""
-        with self._lock:
-            leads = turn.leads
-            if turn in self._waiting and not leads:
-                self._waiting.remove(turn)
-        if leads:
-            self._lead()
+        return more
 
     def _insert(self, group: list[_Turn]) -> None:
         try:
@@ -185,8 +233,8 @@ class Submissions:
             for turn in group:
                 turn.row, turn.error = rows.get(turn.job.id), None
         except Exception as error:
-            if isinstance(error, psycopg2.DataError) and len(group) > 1:
-                # One of them can't be stored. The others can.
+            if isinstance(error, REFUSED) and len(group) > 1:
+                # One of them is refused. The others need not be.
                 for turn in group:
                     self._insert([turn])
                 return
@@ -195,24 +243,45 @@ class Submissions:
 
 
 class _Turn:
-    """One thread's job, and its wait for somebody to insert it."""
+    """A job that is to be inserted, and what became of it."""
 
     row: db.Row | None = None
 
     def __init__(self, job: Submitted) -> None:
         self.job = job
         self.error: Exception | None = DatabaseUnavailable("interrupted while the job was being inserted")
-        self.leads = False
+
+    def end(self) -> None:
+        """It was inserted, or could not be."""
+
+
+class _Awaited(_Turn):
+    """One that a thread waits for."""
+
+    def __init__(self, job: Submitted) -> None:
+        super().__init__(job)
         self._ended = threading.Lock()
         self._ended.acquire()
 
-    def wait(self) -> bool:
-        """Wait until the job was inserted, or it is this thread's turn to insert: True."""
+    def wait(self) -> None:
+        """Wait for its end."""
         self._ended.acquire()
-        return self.leads
 
-    def end(self, *, leads: bool = False) -> None:
+    def end(self) -> None:
         """End the wait."""
-        if self._ended.locked():
-            self.leads = leads
-            self._ended.release()
+        self._ended.release()
+
+
+class _Told(_Turn):
+    """One that nobody waits for: `then` is told."""
+
+    def __init__(self, job: Submitted, then: Callable[[Exception | None], None]) -> None:
+        super().__init__(job)
+        self._then = then
+
+    def end(self) -> None:
+        """Tell it."""
+        try:
+            self._then(self.error)
+        except Exception:
+            log.exception("whoever submitted a job could not be told of it", job_id=self.job.id)

@@ -232,7 +232,21 @@ class JobSystem:
         if connection is not None:
             with db.translated():
                 return self._answer(submitted, partial(insert_one, connection), connection)
-        return self._answer(submitted, self._submissions.insert)
+        return self.submit_described(submitted)
+
+    def submit_described(self, job: Submitted) -> JobRecord:
+        """Submit what `describe` made. Committed when this returns."""
+        return self._answer(job, self._submissions.insert)
+
+    def submit_with_others(self, job: Submitted, then: Callable[[Exception | None], None]) -> bool:
+        """Submit what `describe` made together with what others submit at this moment, and don't wait for it: `then` is called by another
+        thread, once, when it is committed (with None), or with what `submit` would have raised; maybe before this returns. False: no others
+        do, or the job is no plain one; nothing has happened."""
+
+        def told(error: Exception | None) -> None:
+            then(_not_storable(error) if isinstance(error, psycopg2.DataError) else error)
+
+        return job.plain and self._submissions.insert_with_others(job, told)
 
     def submit_many(
         self, submissions: Iterable[Submission | Submitted], *, idempotency_key: str | None = None, connection: Any = None
@@ -551,7 +565,7 @@ class JobSystem:
             try:
                 row = put_in(job)
             except psycopg2.DataError as error:
-                raise InvalidSubmission.of(["payload"], f"PostgreSQL can't store it: {str(error).splitlines()[0]}") from None
+                raise _not_storable(error) from None
             if row is not None:
                 _, status, run_at, created_at = row
                 return _new_record(job, status, _utc(run_at), _utc(created_at))
@@ -689,6 +703,10 @@ def _keyed(job: Submitted, key: str, number: int) -> Submitted:
 
 def _key_of(key: str, number: int) -> str:
     return f"{key} #{number}"
+
+
+def _not_storable(error: psycopg2.DataError) -> InvalidSubmission:
+    return InvalidSubmission.of(["payload"], f"PostgreSQL can't store it: {str(error).splitlines()[0]}")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import execute
+from conftest import eventually, execute
 
 from jobsys import submissions
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission
@@ -75,7 +75,7 @@ def test_a_thread_that_gives_up_waiting_leaves_the_others_their_turn(system: Job
         while not system._submissions._inserting:
             threading.Event().wait(0.01)
         with monkeypatch.context() as interrupted:
-            interrupted.setattr(submissions._Turn, "wait", lambda turn: (_ for _ in ()).throw(KeyboardInterrupt))
+            interrupted.setattr(submissions._Awaited, "wait", lambda turn: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 system.submit("TEST_JOB")
         held.commit()
@@ -98,6 +98,77 @@ def test_when_the_database_goes_away_every_one_of_a_crowd_is_told(system: JobSys
         ends = [future.exception() for future in futures]
     assert any(isinstance(end, DatabaseUnavailable) for end in ends)
     assert execute(database_url, "select count(*) from jobs") == [(sum(end is None for end in ends),)]
+
+
+REFUSES = """
+    create function refuse() returns trigger language plpgsql as $$ begin raise exception 'not this one' using errcode = %s; end $$;
+    create trigger refuse before insert on jobs for each row when (new.payload ? 'refused') execute function refuse()
+"""
+
+
+@pytest.mark.parametrize(
+    ("errcode", "error"), [("22023", InvalidSubmission), ("23514", psycopg2.IntegrityError), ("P0001", psycopg2.Error)]
+)
+def test_one_that_is_refused_costs_the_others_of_its_crowd_nothing(
+    system: JobSystem, database_url: str, errcode: str, error: type[Exception]
+) -> None:
+    execute(database_url, REFUSES, (errcode,))
+    with contextlib.closing(psycopg2.connect(database_url)) as held:
+        held.cursor().execute("lock table jobs in share mode")
+        ends = crowd(system, held, *(Submission("TEST_JOB", {"refused": n} if n == 7 else {"n": n}) for n in range(PEOPLE)))
+    assert isinstance(ends.pop(7), error)
+    assert {record.id for record in ends} == {job.id for job in system.jobs().jobs}
+
+
+def test_who_does_not_wait_is_told_once_the_job_is_committed(system: JobSystem, held: Any, database_url: str) -> None:
+    ends: dict[str, Any] = {}
+    job, other = (system.describe(Submission("TEST_JOB", {"n": n})) for n in range(2))
+    assert not system.submit_with_others(job, lambda error: ends.update(alone=error)), "there are no others"
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(system.submit, "TEST_JOB")
+        while not system._submissions._inserting:
+            threading.Event().wait(0.01)
+        later = system.describe(Submission("TEST_JOB", delay=60))
+        assert not system.submit_with_others(later, lambda error: ends.update(later=error)), "it is no plain one"
+
+        def tell(error: Exception | None) -> None:
+            ends["job"] = (error, execute(database_url, "select count(*) from jobs where id = %s", (job.id,)))
+            raise RuntimeError("this concerns nobody else")
+
+        assert system.submit_with_others(job, tell)
+        assert system.submit_with_others(other, lambda error: ends.update(other=error))
+        threading.Event().wait(0.2)
+        assert ends == {}
+        held.commit()
+        assert first.result().status == "PENDING"
+    eventually(lambda: ends == {"job": (None, [(1,)]), "other": None})
+
+
+def test_the_thread_that_inserts_for_others_ends_and_comes_again(
+    system: JobSystem, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "IDLE", 0.05)
+    for _ in range(3):
+        with contextlib.closing(psycopg2.connect(database_url)) as held:
+            held.cursor().execute("lock table jobs in share mode")
+            assert len(crowd(system, held, *(Submission("TEST_JOB") for _ in range(5)))) == 5
+        eventually(lambda: system._submissions._thread is None)
+    assert system.counts()["PENDING"] == 15
+
+
+def test_where_no_thread_can_begin_the_crowd_is_inserted_all_the_same(
+    system: JobSystem, held: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "jobsys submissions":
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    records = crowd(system, held, *(Submission("TEST_JOB", {"n": n}) for n in range(PEOPLE)))
+    assert {record.id for record in records} == {job.id for job in system.jobs().jobs}
 
 
 def many() -> list[Submission]:

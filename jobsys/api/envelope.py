@@ -43,7 +43,7 @@ class Envelope:
         """Give the request its id: the caller's, when it is a sane one."""
         context = req.context
         context.began = time.perf_counter()
-        context.postponed = False
+        context.postponed = context.held = False
         context.user = None
         wish = req.get_header("X-Request-ID")
         context.id = wish if wish and trail.is_request_id(wish) else new_request_id()
@@ -61,7 +61,7 @@ class Envelope:
                 resp.set_header(name, value)
         if req.scheme == "https":
             resp.set_header("Strict-Transport-Security", "max-age=31536000")
-        if req.context.postponed:
+        if req.context.postponed or req.context.held:
             req.context.at_end = self._end
         else:
             self._end(req, resp.status_code)

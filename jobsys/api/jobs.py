@@ -12,10 +12,10 @@ import falcon
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from jobsys import trail
-from jobsys.api import body, event_stream, filters, items, waiting, wire
+from jobsys import tracing, trail
+from jobsys.api import body, event_stream, filters, items, problem, waiting, wire
 from jobsys.api.problem import VARY, Problem
-from jobsys.api.waiting import Waits
+from jobsys.api.waiting import Exchange, Waits
 from jobsys.errors import InvalidSubmission
 from jobsys.openapi import IDEMPOTENCY_KEY, SUBMISSION, Answer, Parameter, Submissions, describe
 from jobsys.submissions import Submitted
@@ -100,16 +100,21 @@ class Jobs:
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Submit a job; it is durable before the answer is sent."""
         document = body.read_object(req, self._system.settings.max_body)
+        id, status = "", "PENDING"
         try:
-            job = self._system.submit(**wire.submission(document, key=req.get_header("Idempotency-Key")))
+            described = self._system.describe(Submission(**wire.submission(document, key=req.get_header("Idempotency-Key"))))
+            id = described.id
+            if not self._goes_with_others(req, described, document):
+                job = self._system.submit_described(described)
+                id, status = job.id, job.status
+                if job.replayed:
+                    resp.set_header("Idempotency-Replayed", "true")
         except InvalidSubmission as error:
             raise wire.in_words_of(document, error) from None
-        trail.note(job_id=job.id)
+        trail.note(job_id=id)
         resp.status = falcon.HTTP_202
-        resp.location = f"/jobs/{job.id}"
-        if job.replayed:
-            resp.set_header("Idempotency-Replayed", "true")
-        accepted: Accepted = {"message": "Job accepted!", "jobId": job.id, "status": job.status}
+        resp.location = f"/jobs/{id}"
+        accepted: Accepted = {"message": "Job accepted!", "jobId": id, "status": status}
         resp.media = accepted
 
     @describe(
@@ -132,6 +137,22 @@ class Jobs:
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
         """List jobs, newest first, a page at a time."""
         resp.media = filters.page(self._system, req)
+
+    def _goes_with_others(self, req: falcon.Request, job: Submitted, document: dict[str, Any]) -> bool:
+        """Whether the job is committed together with those of other requests. Then what is answered now is sent once it is, and no thread
+        waits for that."""
+        exchange: Exchange | None = req.env.get("jobsys.exchange")
+        if exchange is None or not job.plain or tracing.active is not None:  # (the span of a request is its thread's)
+            return False
+        answer = HeldAnswer(req, exchange, job.id, document)
+        if not exchange.hold(answer.end):
+            return False
+        req.context.held = True
+        if self._system.submit_with_others(job, answer.told):
+            return True
+        req.context.held = False
+        exchange.unhold()
+        return False
 
     def _described(self, req: falcon.Request) -> list[Submitted]:
         """The jobs in the body, checked one by one as they arrive. Raises InvalidSubmission with what is wrong with any of them."""
@@ -160,6 +181,33 @@ class Jobs:
             return self._system.describe(Submission(**wire.submission(item)))
         except InvalidSubmission as error:
             raise wire.in_words_of(item, error) from None
+
+
+class HeldAnswer:
+    """The 202 for a job that is still to be committed."""
+
+    _error: Exception | None = None
+
+    def __init__(self, req: falcon.Request, exchange: Exchange, job_id: str, document: dict[str, Any]) -> None:
+        self._req, self._exchange, self._job_id, self._document = req, exchange, job_id, document
+
+    def told(self, error: Exception | None) -> None:
+        """The job is committed; or why it is not."""
+        self._error = wire.in_words_of(self._document, error) if isinstance(error, InvalidSubmission) else error
+        self._exchange.release()
+
+    def end(self) -> None:
+        """It is sent now; or what is to be said instead."""
+        status = 202
+        trail.enter_request(self._req.context.id)
+        trail.note(job_id=self._job_id)
+        try:
+            if self._error is not None:
+                answer, status, headers = problem.answer(self._req, self._error)
+                self._exchange.answer(answer, falcon.code_to_http_status(status), [("Location", None), *headers])
+            self._req.context.at_end(self._req, status)
+        finally:
+            trail.leave_request()
 
 
 class Job:
