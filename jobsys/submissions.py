@@ -16,6 +16,8 @@ from jobsys.errors import DatabaseUnavailable
 from jobsys.interrupt import undisturbed
 
 LARGEST_INSERT = 1000
+LARGEST_GROUP = 1024**2
+"""Characters of payloads from which on a group is large enough: PostgreSQL must have inserted it within a connection's patience."""
 REFUSED = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.InternalError)
 """What a statement fails with that PostgreSQL, or a trigger of somebody's, doesn't want; nothing of it has happened then."""
 IDLE = 5.0
@@ -214,9 +216,13 @@ class Submissions:
                 pass
 
     def _insert_waiting(self) -> bool:
-        """Insert whatever waits; whether more has come meanwhile."""
+        """Insert what waits, as far as it is not too much; whether there is more."""
+        group: list[_Turn] = []
+        size = 0
         with self._lock:
-            group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_INSERT))]
+            while self._waiting and len(group) < LARGEST_INSERT and size < LARGEST_GROUP:
+                group.append(self._waiting.popleft())
+                size += len(group[-1].job.payload)
         try:
             self._insert(group)
         finally:

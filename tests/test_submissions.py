@@ -53,6 +53,15 @@ def test_a_crowd_shares_a_commit_and_each_gets_its_own_job(system: JobSystem, he
     assert execute(database_url, "select count(distinct xmin::text) from jobs") == [(2,)], "the first alone, all others together"
 
 
+def test_a_crowd_with_large_payloads_is_inserted_a_part_at_a_time(
+    system: JobSystem, held: Any, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "LARGEST_GROUP", 4000)
+    records = crowd(system, held, *(Submission("TEST_JOB", {"text": "x" * 1000}) for _ in range(13)))
+    assert {record.id for record in records} == {job.id for job in system.jobs().jobs}
+    assert execute(database_url, "select count(distinct xmin::text) from jobs") == [(4,)], "the first alone, the others four at a time"
+
+
 def test_a_key_that_many_threads_use_makes_one_job(system: JobSystem) -> None:
     with ThreadPoolExecutor(PEOPLE) as threads:
         records = list(threads.map(lambda _: system.submit("TEST_JOB", idempotency_key="k"), range(PEOPLE)))
