@@ -18,8 +18,6 @@ from jobsys.interrupt import undisturbed
 LARGEST_INSERT = 1000
 LARGEST_GROUP = 1024**2
 """Characters of payloads from which on a group is large enough: PostgreSQL must have inserted it within a connection's patience."""
-REFUSED = (psycopg2.DataError, psycopg2.IntegrityError, psycopg2.InternalError)
-"""What a statement fails with that PostgreSQL, or a trigger of somebody's, doesn't want; nothing of it has happened then."""
 IDLE = 5.0
 """Seconds after which the thread that inserts for others ends, when it had nothing to do."""
 MANY = 100
@@ -236,16 +234,19 @@ class Submissions:
         try:
             with self._database.connection() as connection:
                 rows = {row[0]: row for row in insert(connection, [turn.job for turn in group])}
-            for turn in group:
-                turn.row, turn.error = rows.get(turn.job.id), None
         except Exception as error:
-            if isinstance(error, REFUSED) and len(group) > 1:
-                # One of them is refused. The others need not be.
-                for turn in group:
-                    self._insert([turn])
+            if len(group) > 1 and not isinstance(error, DatabaseUnavailable):
+                # Perhaps one of them is refused, by a trigger of somebody's, say. The others need not be.
+                half = len(group) // 2
+                self._insert(group[:half])
+                self._insert(group[half:])
                 return
             for turn in group:
                 turn.error = error
+        else:
+            for turn in group:
+                turn.row = rows.get(turn.job.id)
+                turn.error = None if turn.row else DatabaseUnavailable("PostgreSQL has kept no row of the job; a trigger's doing?")
 
 
 class _Turn:

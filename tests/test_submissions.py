@@ -116,7 +116,15 @@ REFUSES = """
 
 
 @pytest.mark.parametrize(
-    ("errcode", "error"), [("22023", InvalidSubmission), ("23514", psycopg2.IntegrityError), ("P0001", psycopg2.Error)]
+    ("errcode", "error"),
+    [
+        ("22023", InvalidSubmission),
+        ("23514", psycopg2.IntegrityError),
+        ("P0001", psycopg2.Error),
+        ("42501", psycopg2.ProgrammingError),
+        ("54000", psycopg2.OperationalError),
+        ("OWN01", psycopg2.Error),
+    ],
 )
 def test_one_that_is_refused_costs_the_others_of_its_crowd_nothing(
     system: JobSystem, database_url: str, errcode: str, error: type[Exception]
@@ -127,6 +135,30 @@ def test_one_that_is_refused_costs_the_others_of_its_crowd_nothing(
         ends = crowd(system, held, *(Submission("TEST_JOB", {"refused": n} if n == 7 else {"n": n}) for n in range(PEOPLE)))
     assert isinstance(ends.pop(7), error)
     assert {record.id for record in ends} == {job.id for job in system.jobs().jobs}
+
+
+def test_one_of_which_a_trigger_keeps_nothing_was_not_submitted(system: JobSystem, database_url: str) -> None:
+    execute(
+        database_url,
+        """
+        create function skip() returns trigger language plpgsql as $$ begin return null; end $$;
+        create trigger skip before insert on jobs for each row when (new.payload ? 'skipped') execute function skip()
+        """,
+    )
+    skipped, kept = (system.describe(Submission("TEST_JOB", payload)) for payload in ({"skipped": 1}, {}))
+    ends: dict[str, Any] = {}
+    with contextlib.closing(psycopg2.connect(database_url)) as held, ThreadPoolExecutor(1) as threads:
+        held.cursor().execute("lock table jobs in share mode")
+        first = threads.submit(system.submit, "TEST_JOB", {"skipped": 1})
+        while not system._submissions._inserting:
+            threading.Event().wait(0.01)
+        assert system.submit_with_others(skipped, lambda error: ends.update(skipped=error))
+        assert system.submit_with_others(kept, lambda error: ends.update(kept=error))
+        held.commit()
+        assert isinstance(first.exception(), DatabaseUnavailable)
+    eventually(lambda: len(ends) == 2)
+    assert isinstance(ends["skipped"], DatabaseUnavailable) and ends["kept"] is None
+    assert [job.id for job in system.jobs().jobs] == [kept.id]
 
 
 def test_who_does_not_wait_is_told_once_the_job_is_committed(system: JobSystem, held: Any, database_url: str) -> None:
