@@ -708,9 +708,9 @@ class PatientWorker(ThreadWorker):
             else:
                 self.handle_error(request, connection.sock, connection.client, error)
             return False
-        connection.sock.awaits_request()
         exchange: Exchange = environ["jobsys.exchange"]
         if not exchange.held:
+            connection.sock.awaits_request()
             return not response.should_close()
         exchange.connection, exchange.keeps = connection, not response.should_close()
         return exchange
@@ -768,12 +768,14 @@ class PatientWorker(ThreadWorker):
     def end_held(self, exchange: Exchange) -> None:
         """Send what was held."""
         self._held.pop(exchange, None)
+        connection = exchange.connection
         try:
             exchange.proceed()  # type: ignore[misc]
-            self._let_go(exchange.connection, self._send_collected(exchange.connection, exchange.keeps))
+            connection.sock.awaits_request()
+            self._let_go(connection, self._send_collected(connection, exchange.keeps))
         except BaseException:
             self.log.exception("a connection ended badly")
-            self._end(exchange.connection)
+            self._end(connection)
 
     def _begin_large(self, connection: TConn) -> bool:
         """Whether a large request may be served now; else it has its turn later."""

@@ -160,6 +160,22 @@ def test_who_goes_away_meanwhile_leaves_a_job_and_nothing_else(web: Running, sys
     assert "Traceback" not in web.output
 
 
+def test_the_next_request_has_its_time_from_the_answer_on(web: Running, database_url: str) -> None:
+    with connections(web, 2) as [first, client], held_up(database_url) as lock:
+        post(first, {})
+        client.connect()
+        client.sock.sendall(
+            b"POST /jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}GET /he"
+        )
+        until_they_wait(web, [client])
+        time.sleep(3)
+        lock.commit()
+        assert client.sock.recv(4096).startswith(b"HTTP/1.1 202 ")
+        time.sleep(2.5)  # together they are more than a request may take
+        client.sock.sendall(b"alth/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_server_that_is_told_to_end_answers_those_that_wait_for_a_commit(web: Running, system: JobSystem, database_url: str) -> None:
     with connections(web, PEOPLE) as clients, held_up(database_url) as lock:
         for client in clients:
