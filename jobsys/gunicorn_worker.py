@@ -201,6 +201,11 @@ class Exchange:
             return False
         return True
 
+    def break_promise(self) -> None:
+        """What is held says that the connection stays. It does not: the server has been told to end meanwhile."""
+        self.keeps, sock = False, self.connection.sock
+        sock.unsent = sock.unsent.replace(b"\r\nConnection: keep-alive\r\n", b"\r\nConnection: close\r\n", 1)
+
     def stays(self) -> bool:
         """Whether the connection, after the answer, is good for another request."""
         return self.keeps and self.connection.sock.reads_on(self.connection.parser)
@@ -771,6 +776,8 @@ class PatientWorker(ThreadWorker):
         connection = exchange.connection
         try:
             exchange.proceed()  # type: ignore[misc]
+            if exchange.keeps and not self.alive:
+                exchange.break_promise()
             connection.sock.awaits_request()
             self._let_go(connection, self._send_collected(connection, exchange.keeps))
         except BaseException:
