@@ -145,6 +145,22 @@ def test_one_that_is_refused_is_told_so_in_its_own_words(web: Running, system: J
         assert answer(clients[7])[0] == 202
 
 
+def test_what_waits_for_a_commit_takes_little_memory(web: Running, database_url: str) -> None:
+    [server] = [each for each in web.family if each.pid != web.pid]
+    document = {"payload": {"list": [{}] * 15_000}}
+    with connections(web, PEOPLE) as clients:
+        post(clients[0], document)
+        assert answer(clients[0])[0] == 202
+        with held_up(database_url) as lock:
+            before = server.memory_info().rss
+            for client in clients:
+                post(client, document)
+            until_they_wait(web, clients)
+            assert server.memory_info().rss - before < PEOPLE * 600_000
+            lock.commit()
+            assert {answer(client)[0] for client in clients} == {202}
+
+
 def test_who_goes_away_meanwhile_leaves_a_job_and_nothing_else(web: Running, system: JobSystem, database_url: str) -> None:
     with connections(web, PEOPLE) as clients, held_up(database_url) as lock:
         for client in clients:

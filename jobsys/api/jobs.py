@@ -144,7 +144,7 @@ class Jobs:
         exchange: Exchange | None = req.env.get("jobsys.exchange")
         if exchange is None or not job.plain or tracing.active is not None:  # (the span of a request is its thread's)
             return False
-        answer = HeldAnswer(req, exchange, job.id, document)
+        answer = HeldAnswer(req, exchange, job.id, dict.fromkeys(document))  # what stands in it, as Python has it, is 25 times the body
         if not exchange.hold(answer.end):
             return False
         req.context.held = True
@@ -188,12 +188,12 @@ class HeldAnswer:
 
     _error: Exception | None = None
 
-    def __init__(self, req: falcon.Request, exchange: Exchange, job_id: str, document: dict[str, Any]) -> None:
-        self._req, self._exchange, self._job_id, self._document = req, exchange, job_id, document
+    def __init__(self, req: falcon.Request, exchange: Exchange, job_id: str, fields: dict[str, Any]) -> None:
+        self._req, self._exchange, self._job_id, self._fields = req, exchange, job_id, fields
 
     def told(self, error: Exception | None) -> None:
         """The job is committed; or why it is not."""
-        self._error = wire.in_words_of(self._document, error) if isinstance(error, InvalidSubmission) else error
+        self._error = wire.in_words_of(self._fields, error) if isinstance(error, InvalidSubmission) else error
         self._exchange.release()
 
     def end(self) -> None:
