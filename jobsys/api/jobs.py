@@ -147,12 +147,12 @@ class Jobs:
         answer = HeldAnswer(req, exchange, job.id, dict.fromkeys(document))  # what stands in it, as Python has it, is 25 times the body
         if not exchange.hold(answer.end):
             return False
-        req.context.held = True
-        if self._system.submit_with_others(job, answer.told):
-            return True
-        req.context.held = False
-        exchange.unhold()
-        return False
+        try:
+            req.context.held = self._system.submit_with_others(job, answer.told)
+        finally:
+            if not req.context.held:
+                exchange.unhold()
+        return bool(req.context.held)
 
     def _described(self, req: falcon.Request) -> list[Submitted]:
         """The jobs in the body, checked one by one as they arrive. Raises InvalidSubmission with what is wrong with any of them."""
@@ -193,7 +193,7 @@ class HeldAnswer:
 
     def told(self, error: Exception | None) -> None:
         """The job is committed; or why it is not."""
-        self._error = wire.in_words_of(self._fields, error) if isinstance(error, InvalidSubmission) else error
+        self._error = error
         self._exchange.release()
 
     def end(self) -> None:
@@ -202,8 +202,9 @@ class HeldAnswer:
         trail.enter_request(self._req.context.id)
         trail.note(job_id=self._job_id)
         try:
-            if self._error is not None:
-                answer, status, headers = problem.answer(self._req, self._error)
+            if (error := self._error) is not None:
+                told = wire.in_words_of(self._fields, error) if isinstance(error, InvalidSubmission) else error
+                answer, status, headers = problem.answer(self._req, told)
                 self._exchange.answer(answer, falcon.code_to_http_status(status), [("Location", None), *headers])
             self._req.context.at_end(self._req, status)
         finally:
