@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from functools import partial
 from operator import itemgetter
 
 import psycopg2
@@ -25,6 +26,8 @@ AHEAD = 0.1
 LATEST_START = 1.0
 """Seconds after which a job that is still held in memory goes back to the queue: the pace was measured on jobs that were faster."""
 LARGEST_CLAIM = 500
+LONGEST_TURN, IN_VAIN = 3.0, 10.0
+"""Seconds for which a large claim waits for its turn; and for which no other does after one that did in vain: somebody's claim may hang."""
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 BRISK = 30.0
 """So many jobs in a tenth of a second, found in one queue by one process, are a crowd…"""
@@ -101,6 +104,7 @@ class Claims:
         """Told how long each claim took that brought jobs."""
         self._poll_interval = poll_interval
         self._turns = Turns()
+        self._no_turn_until = float("-inf")
         self._bells: dict[str, threading.Event] = {}
         self._naps: dict[str, int] = {}
         """The queues this process sleeps on, as its row says, and how often it has looked since."""
@@ -295,8 +299,8 @@ class Claims:
     def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
         """Claim from some queues and priorities, each from where the last claim of it ended."""
         begin = [self._places.get(queue_name, {}).get(priority, BEGINNING) for queue_name, priority in looks]
-        began = time.monotonic()
-        rows = self._database.run(
+        claim = partial(
+            self._database.run,
             "claim",
             worker=self._worker(),
             types=types,
@@ -306,6 +310,14 @@ class Claims:
             from_id=[id for _, id in begin],
             n=room,
         )
+        asked = began = time.monotonic()
+        # Small claims disturb others little, and urgent ones must not wait.
+        while (rows := claim(in_turn=room > self.work.threads and began >= self._no_turn_until)) and rows[0][0] is None:
+            began = time.monotonic()
+            if self.closed:
+                return []
+            if began > asked + LONGEST_TURN:
+                self._no_turn_until = began + IN_VAIN
         if rows:
             self._took(time.monotonic() - began)
         rows.sort(key=_order)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
+import psycopg2
 import pytest
 from conftest import execute
-from test_queue import Worker
+from test_queue import LOOK, Worker
 
 from jobsys import db
 from jobsys.claims import Claims
@@ -59,6 +61,33 @@ def test_an_urgent_job_is_claimed_while_a_crowd_is_in_memory(system: JobSystem, 
     assert (claimed.message_id, claimed.queue_name) == (urgent.id, queue)
     assert claims.claim_urgent() == []
     assert claimed in claims.work.expected
+
+
+def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobsys.claims.LONGEST_TURN", 0.0)
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(4 * THREADS))
+    claims.work.threads = 2
+    monkeypatch.setattr(claims, "_room", lambda: THREADS)
+    with contextlib.closing(psycopg2.connect(database_url)) as hanging:
+        db.run(hanging, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"in_turn": True}, n=THREADS)
+        asked: list[bool] = []
+        run = system.database.run
+        monkeypatch.setattr(
+            system.database,
+            "run",
+            lambda name, **given: (asked.append(given["in_turn"]) if name == "claim" else None, run(name, **given))[1],
+        )
+        assert [job.message_id for job in claims.take("default", 1)] == ids[THREADS : 2 * THREADS]
+        claims.work.expected.clear()
+        assert [job.message_id for job in claims.take("default", 1)] == ids[2 * THREADS : 3 * THREADS]
+        assert asked == [True, False, False]
+    claims._no_turn_until = 0.0
+    claims.work.expected.clear()
+    claims._look_from_start_at["default"] = 0.0
+    assert [job.message_id for job in claims.take("default", 1)] == ids[:THREADS]
+    assert asked[3:] == [True]
 
 
 def test_nothing_urgent_is_claimed_from_a_paused_queue_nor_by_a_process_that_leaves(system: JobSystem, claims: Claims) -> None:

@@ -232,6 +232,7 @@ class Machine(RuleBasedStateMachine):
             from_run_at=[BEGINNING[0]] * len(places),
             from_id=[BEGINNING[1]] * len(places),
             n=n,
+            in_turn=n > 1,
         )
         self.take(rows, worker, expected[:n] if worker.id in self.alive else [])
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from operator import itemgetter
 from typing import Any
@@ -20,7 +21,8 @@ from jobsys.ids import new_job_id
 from jobsys.system import JobSystem, Submission
 
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
-LOOK = {"queues": ["default"] * 3, "priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
+PLACES = {"queues": ["default"] * 3, "priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
+LOOK = {**PLACES, "in_turn": False}
 
 
 class Worker:
@@ -557,7 +559,7 @@ def test_looking_for_due_and_for_old_jobs_does_not_walk_the_others(system: JobSy
 
 def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker: Worker, database_url: str) -> None:
     claim = {"worker": worker.id, "types": ["TEST_JOB"], **LOOK, "n": 100}
-    urgent = {"worker": worker.id, "types": ["TEST_JOB"], **{name: column[:1] for name, column in LOOK.items()}, "n": 8}
+    urgent = {"worker": worker.id, "types": ["TEST_JOB"], **{name: column[:1] for name, column in PLACES.items()}, "in_turn": False, "n": 8}
     pile_up(database_url, "PENDING")
     execute(database_url, "vacuum analyze jobs")
     few, look = touched(database_url, "claim", **claim), touched(database_url, "claim", **urgent)
@@ -569,6 +571,28 @@ def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker:
     assert touched(database_url, "claim", **claim) <= 1.2 * few
     assert touched(database_url, "claim", **urgent) <= look + 3
     assert touched(database_url, "stop_requests", worker=worker.id) <= 3
+
+
+def test_large_claims_of_a_queue_take_turns_and_others_do_not_wait_for_them(system: JobSystem, worker: Worker, database_url: str) -> None:
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(9))
+    where = {"worker": worker.id, "types": ["TEST_JOB"], **LOOK}
+    with (
+        contextlib.closing(psycopg2.connect(database_url)) as first,
+        contextlib.closing(psycopg2.connect(database_url)) as second,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        claimed = db.run(first, "claim", **where | {"in_turn": True}, n=3)
+        assert {row[0] for row in claimed} == set(ids[:3])
+        assert [row[0] for row in db.run(second, "claim", **where | {"in_turn": True}, n=3)] == [None], "it is not its turn yet"
+        assert [row[0] for row in system.database.run("claim", **where, n=1)] == ids[3:4], "one that asks for none goes on"
+        assert system.database.run("claim", **where | {"queues": ["another"] * 3, "in_turn": True}, n=3) == []
+        late = threads.submit(db.run, second, "claim", **where | {"in_turn": True}, n=3)
+        waits = "select count(*) from pg_stat_activity where wait_event = 'advisory'"
+        eventually(lambda: late.done() or execute(database_url, waits) == [(1,)], interval=0.001)
+        first.commit()
+        # It sees what was committed before its turn, and locks none of that.
+        assert {row[0] for row in late.result()} == set(ids[4:7])
+        assert worker.finish(*((row[0], row[6]) for row in claimed)) == [row[0] for row in claimed]
 
 
 def test_after_an_outage_silence_alone_condemns_nobody(system: JobSystem, worker: Worker, database_url: str) -> None:

@@ -85,6 +85,7 @@ def _claim(system: JobSystem) -> int:
         "from_run_at": [BEGINNING[0]] * len(priorities),
         "from_id": [BEGINNING[1]] * len(priorities),
         "n": CLAIMED,
+        "in_turn": True,
     }
     url = str(system.settings.database_url)
     with contextlib.closing(db.Database(url).connect()) as connection, connection.cursor() as cursor:
