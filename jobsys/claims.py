@@ -26,8 +26,8 @@ AHEAD = 0.1
 LATEST_START = 1.0
 """Seconds after which a job that is still held in memory goes back to the queue: the pace was measured on jobs that were faster."""
 LARGEST_CLAIM = 500
-LONGEST_TURN, IN_VAIN = 3.0, 10.0
-"""Seconds for which a large claim waits for its turn; and for which no other does after one that did in vain: somebody's claim may hang."""
+IN_VAIN = 60.0
+"""Seconds for which large claims don't wait for their turn, after one that did for five seconds: somebody's may hang."""
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 BRISK = 30.0
 """So many jobs in a tenth of a second, found in one queue by one process, are a crowd…"""
@@ -310,14 +310,13 @@ class Claims:
             from_id=[id for _, id in begin],
             n=room,
         )
-        asked = began = time.monotonic()
+        began = time.monotonic()
         # Small claims disturb others little, and urgent ones must not wait.
-        while (rows := claim(in_turn=room > self.work.threads and began >= self._no_turn_until)) and rows[0][0] is None:
+        rows = claim(in_turn=room > self.work.threads and began >= self._no_turn_until)
+        if rows and rows[0][0] is None:
             began = time.monotonic()
-            if self.closed:
-                return []
-            if began > asked + LONGEST_TURN:
-                self._no_turn_until = began + IN_VAIN
+            self._no_turn_until = began + IN_VAIN
+            rows = [] if self.closed else claim(in_turn=False)
         if rows:
             self._took(time.monotonic() - began)
         rows.sort(key=_order)

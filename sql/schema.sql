@@ -317,9 +317,9 @@ create trigger jobs_deleted after delete on jobs
 -- lock manager each row that these have locked; and where another has just claimed a row that this one still sees PENDING, it locks the
 -- version in which that one runs. Its outcome then waits for this claim, and so do other claims (following a row's versions, PostgreSQL waits for
 -- locks whatever `skip locked` says). With 32 processes on two cores that took half of the throughput.
--- Whether it is this transaction's turn, within a second. It has it until it ends.
+-- Whether it is this transaction's turn, within five seconds. It has it until it ends.
 create function take_turn(queue text) returns boolean
-language plpgsql set lock_timeout = '1s' as $$
+language plpgsql set lock_timeout = '5s' as $$
 begin
     perform pg_advisory_xact_lock('jobs'::regclass::oid::integer, hashtext(queue));
     return true;

@@ -581,6 +581,7 @@ def test_large_claims_of_a_queue_take_turns_and_others_do_not_wait_for_them(syst
         contextlib.closing(psycopg2.connect(database_url)) as second,
         ThreadPoolExecutor(1) as threads,
     ):
+        execute(database_url, "alter function take_turn set lock_timeout = '1s'")
         claimed = db.run(first, "claim", **where | {"in_turn": True}, n=3)
         assert {row[0] for row in claimed} == set(ids[:3])
         assert [row[0] for row in db.run(second, "claim", **where | {"in_turn": True}, n=3)] == [None], "it is not its turn yet"
