@@ -223,7 +223,8 @@ def test_a_second_ctrl_c_hurries(start_dev: Callable[..., Running], place: Path)
 
 def test_a_killed_one_leaves_nothing_behind_and_the_next_one_goes_on(start_dev: Callable[..., Running], place: Path) -> None:
     port = free_port()
-    dev = up(start_dev(PORT=port))
+    # the database goes at the same time, and a worker that has a job then waits that long for it to come back
+    dev = up(start_dev(PORT=port, SHUTDOWN_GRACE="5"))
     job = post(dev, {"type": "TEST_JOB", "payload": {}, "delay": 2})
     dev.signal(signal.SIGKILL)
     dev.wait()
