@@ -118,7 +118,7 @@ class Database:
                     yield connection
             finally:
                 self._in_use.pop(connection, None)
-                if connection is not None and alive(connection):
+                if connection is not None and _usable(connection):
                     self._idle.append(connection)
                 elif connection is not None:
                     _close(connection)
@@ -233,12 +233,16 @@ def nested(connection: Any) -> Iterator[None]:
                 cursor.execute("release savepoint jobsys")
 
 
+def _usable(connection: Any) -> bool:
+    return not connection.closed and connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+
+
 def alive(connection: Any) -> bool:
     """Whether an idle connection is still good, as far as the socket tells; no round trip.
 
     An idle server has nothing to say: a socket with something to read was closed by the other side. (`connection.poll()` does not notice.)
     """
-    if connection.closed or connection.info.transaction_status != extensions.TRANSACTION_STATUS_IDLE:
+    if not _usable(connection):
         return False
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
