@@ -558,7 +558,7 @@ def test_looking_for_due_and_for_old_jobs_does_not_walk_the_others(system: JobSy
 
 
 def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker: Worker, database_url: str) -> None:
-    claim = {"worker": worker.id, "types": ["TEST_JOB"], **LOOK, "n": 100}
+    claim = {"worker": worker.id, "types": ["TEST_JOB"], **LOOK | {"above": 0, "few": 100}, "n": 100}
     urgent = {"worker": worker.id, "types": ["TEST_JOB"], **LOOK, **{name: column[:1] for name, column in PLACES.items()}, "n": 8}
     pile_up(database_url, "PENDING")
     execute(database_url, "vacuum analyze jobs")

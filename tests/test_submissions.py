@@ -62,6 +62,27 @@ def test_a_crowd_with_large_payloads_is_inserted_a_part_at_a_time(
     assert execute(database_url, "select count(distinct xmin::text) from jobs") == [(4,)], "the first alone, the others four at a time"
 
 
+def test_when_a_part_of_a_crowd_fails_for_a_reason_of_our_own_the_others_are_inserted_all_the_same(
+    system: JobSystem, held: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "LARGEST_INSERT", 4)
+    insert, calls = system._submissions._insert, []
+
+    def stumble(group: list[Any]) -> None:
+        calls.append(len(group))
+        if len(calls) == 2:
+            raise MemoryError
+        insert(group)
+
+    monkeypatch.setattr(system._submissions, "_insert", stumble)
+    records = crowd(system, held, *(Submission("TEST_JOB") for _ in range(13)))
+    failed = [record for record in records if isinstance(record, Exception)]
+    assert [type(error) for error in failed] == [DatabaseUnavailable] * 4
+    assert {record.id for record in records if record not in failed} == {job.id for job in system.jobs().jobs}
+    assert calls == [1, 4, 4, 4]
+    assert system.submit("TEST_JOB").status == "PENDING"
+
+
 def test_a_key_that_many_threads_use_makes_one_job(system: JobSystem) -> None:
     with ThreadPoolExecutor(PEOPLE) as threads:
         records = list(threads.map(lambda _: system.submit("TEST_JOB", idempotency_key="k"), range(PEOPLE)))
