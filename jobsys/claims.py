@@ -157,9 +157,9 @@ class Claims:
                 room = self._wait_for_room(deadline)
                 if room == 0 or self.closed:
                     return []
-                jobs, emptied, pause = self._claim(queue_name, room, deadline)
+                jobs, pause = self._claim(queue_name, room, deadline)
             if jobs:
-                self._note_work(queue_name, jobs, emptied)
+                self._note_work(queue_name, jobs, room)
                 return jobs
             wait = self._note_nothing(queue_name, pause)
             if wait and not bell.wait(wait) and time.monotonic() >= deadline:
@@ -229,18 +229,13 @@ class Claims:
         _, finished_before, busy_before = samples[0]
         return (finished - finished_before) / max(busy - busy_before, 1e-6) * self.work.threads
 
-    def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[RunningJob], bool, float | None]:
-        """The jobs, whether these were all there are, and how long to wait for the next one that a limit allows."""
+    def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[RunningJob], float | None]:
         if time.monotonic() - self._limits_read_at > self._poll_interval:
             self._limited = {name for (name,) in self._database.run("limited_queues")}
             self._limits_read_at = time.monotonic()
-        if queue_name in self._limited:
-            jobs, pause = self._claim_limited(queue_name, deadline)
-            return jobs, False, pause
-        jobs, all_found = self._claim_freely(queue_name, room)
-        return jobs, not all_found, None
+        return self._claim_limited(queue_name, deadline) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
 
-    def _claim_freely(self, queue_name: str, room: int) -> tuple[list[RunningJob], bool]:
+    def _claim_freely(self, queue_name: str, room: int) -> list[RunningJob]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), whenever fewer came
         than were asked for, and when a type that was full has room again. So dead index entries, which an old snapshot keeps, and the
         backlog of a full type are walked over rarely and not at each claim."""
@@ -255,7 +250,7 @@ class Claims:
             self._look_from_start_at[queue_name] = 0.0
         elif from_start:
             self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
-        return jobs, all_found
+        return jobs
 
     def _full(self) -> frozenset[str]:
         """The types of which this process may take no more now."""
@@ -272,7 +267,7 @@ class Claims:
             crowds = [rooms[name] << misses for (queue, name), misses in list(self._crowds.items()) if queue in queues and rooms.get(name)]
             n = min([room - len(jobs), *crowds])
             try:
-                rows, asked = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0])
+                rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0])
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 if not jobs:
                     raise
@@ -282,9 +277,9 @@ class Claims:
             self.work.expected.update(fitting)
             jobs += fitting
             self._note_crowds(queues, rooms, rows)
-            if len(rows) < asked:
+            if len(rows) < n:
                 return jobs, False
-            if asked < n or len(jobs) >= room or not fitting:
+            if len(jobs) >= room or not fitting:
                 break
         return jobs, True
 
@@ -301,12 +296,9 @@ class Claims:
                     if rooms[name] << self._crowds[queue, name] >= LARGEST_CLAIM:
                         del self._crowds[queue, name]
 
-    def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str]) -> tuple[list[db.Row], int]:
-        """Claim from some queues and priorities, each from where the last claim of it ended. Also says how many were asked for: a large
-        claim would keep a more urgent job waiting, and takes only a few where it finds one, if the threads have others to go on with."""
+    def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
+        """Claim from some queues and priorities, each from where the last claim of it ended."""
         begin = [self._places.get(queue_name, {}).get(priority, BEGINNING) for queue_name, priority in looks]
-        large, few = room > self.work.threads, self.work.threads
-        above = self.above if large and self.work.expected else None
         claim = partial(
             self._database.run,
             "claim",
@@ -317,12 +309,10 @@ class Claims:
             from_run_at=[run_at for run_at, _ in begin],
             from_id=[id for _, id in begin],
             n=room,
-            above=above,
-            few=few,
         )
         began = time.monotonic()
         # Small claims disturb others little, and urgent ones must not wait.
-        rows = claim(in_turn=large and began >= self._no_turn_until)
+        rows = claim(in_turn=room > self.work.threads and began >= self._no_turn_until)
         if rows and rows[0][0] is None:
             began = time.monotonic()
             self._no_turn_until = began + IN_VAIN
@@ -332,10 +322,7 @@ class Claims:
         rows.sort(key=_order)
         for row in {(row[11], row[2]): row for row in rows}.values():
             self._places.setdefault(row[11], {})[row[2]] = (row[8] + "+00", row[0])
-        if above is not None and len(rows) == few and rows[0][2] < above:
-            self.above = rows[-1][2]
-            return rows, few
-        return rows, room
+        return rows
 
     def _known_priorities(self, queue_name: str, now: float) -> list[int]:
         """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up once in a poll interval, and more
@@ -384,7 +371,7 @@ class Claims:
         self.work.expected.update(jobs)
         return jobs, None
 
-    def _note_work(self, queue_name: str, jobs: list[RunningJob], emptied: bool) -> None:
+    def _note_work(self, queue_name: str, jobs: list[RunningJob], room: int) -> None:
         """Work was found. When it comes briskly it is worth a write to say that this process is awake and needs no notifications."""
         if len(jobs) > self.work.threads:
             self._be_busy(jobs[len(jobs) // 2].priority)
@@ -393,7 +380,7 @@ class Claims:
             # Whether or not it could be said: it may have been. Then this process has to say again that it sleeps, when it does.
             self._say("wake", queue=queue_name)
             self._naps.pop(queue_name, None)
-        if emptied and (brisk or queue_name in self._naps):
+        if len(jobs) < room and (brisk or queue_name in self._naps) and queue_name not in self._limited:
             self._emptied[queue_name] = time.monotonic() + (GATHER if brisk else NAPS[0])
 
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:

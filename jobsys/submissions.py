@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -188,7 +187,8 @@ class Submissions:
             self._inserting = bool(self._waiting)
             if not self._inserting or self._ring():
                 return
-        self._insert_all_waiting()
+        while self._insert_waiting():
+            pass
 
     def _ring(self) -> bool:
         """Tell the thread; False: there is none to be had. Called under the lock."""
@@ -210,17 +210,8 @@ class Submissions:
                 if not (rung or self._bell.acquire(blocking=False)):
                     self._thread = None
                     return
-            self._insert_all_waiting()
-
-    def _insert_all_waiting(self) -> None:
-        """Until nothing waits, whatever happens: those who come meanwhile rely on it."""
-        more = True
-        while more:
-            try:
-                more = self._insert_waiting()
-            except Exception:
-                log.exception("jobs that wait could not be inserted; going on with those that are left")
-                time.sleep(0.1)
+            while self._insert_waiting():
+                pass
 
     def _insert_waiting(self) -> bool:
         """Insert what waits, as far as it is not too much; whether there is more."""

@@ -35,7 +35,7 @@ select id::text, type, priority, payload::text, options::text, attempt, claim, m
     (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue, date_part('epoch', clock_timestamp() - run_at)
 from claim_jobs(
     %(worker)s::uuid, %(types)s, %(queues)s, %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[], %(n)s,
-    %(in_turn)s, %(above)s::smallint, %(few)s
+    %(in_turn)s
 );
 
 -- name: look_at_gate

@@ -330,8 +330,7 @@ end $$;
 -- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
 -- lost. A place begins where the last claim ended (see claims.py), because dead index entries before it may be many while an old snapshot is
--- held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says that it was not its turn. Where there are
--- jobs more urgent than the priority `above`, only `few` come, and soon: so many others would keep them waiting. Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
+-- held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says that it was not its turn. Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
 --
 -- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission) takes it
 -- there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
@@ -340,7 +339,7 @@ end $$;
 -- It names its columns: a `setof jobs` that waits while a migration adds a column to `jobs` fails, having promised the row as it was.
 create function claim_jobs(
     worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer,
-    in_turn boolean, above smallint, few integer
+    in_turn boolean
 ) returns table (
     id uuid, type text, priority smallint, payload jsonb, options jsonb, attempt integer, claim bigint, max_attempts integer, run_at timestamptz,
     created_at timestamptz, crashes integer, queue text
@@ -355,21 +354,6 @@ begin
     if in_turn and not take_turn(queue_names[1]) then
         return next;
         return;
-    end if;
-    if above is not null and exists (
-        select
-        from unnest(queue_names, priorities, from_run_at, from_id) as place(queue, priority, run_at, id)
-        where place.priority < above
-            and exists (
-                select from jobs
-                where jobs.status = 'PENDING'
-                    and jobs.queue = place.queue
-                    and jobs.priority = place.priority
-                    and (jobs.run_at, jobs.id) > (place.run_at, place.id)
-                    and jobs.type = any(known_types)
-            )
-    ) then
-        most := least(most, few);
     end if;
     found_ids := array(  -- in a statement of its own, which sees what was claimed before its turn
         select next.id

@@ -63,25 +63,6 @@ def test_an_urgent_job_is_claimed_while_a_crowd_is_in_memory(system: JobSystem, 
     assert claimed in claims.work.expected
 
 
-def test_a_large_claim_that_finds_an_urgent_job_brings_it_soon_and_does_not_think_that_it_emptied_the_queue(
-    system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    claims.work.threads = 2
-    monkeypatch.setattr(claims, "_room", lambda: 20)
-    normal = system.submit_many(Submission("TEST_JOB") for _ in range(42))
-    assert len(claims.take("default", 0.1)) == 20
-    urgent = system.submit("TEST_JOB", priority="high").id
-    assert [job.message_id for job in claims.take("default", 0.1)] == [urgent, normal[20]]
-    assert "default" not in claims._emptied
-    assert [job.message_id for job in claims.take("default", 0.1)] == normal[21:41], "nothing urgent: a large one again"
-    crowd = system.submit_many(Submission("TEST_JOB", priority="high") for _ in range(30))
-    assert [job.message_id for job in claims.take("default", 0.1)] == crowd[:2]
-    assert [job.message_id for job in claims.take("default", 0.1)] == crowd[2:22], "a crowd of them comes by the score, like any"
-    claims.work.expected.clear()
-    claims.above = 0
-    assert [job.message_id for job in claims.take("default", 0.1)] == [*crowd[22:], normal[41]], "nothing else is there to go on with"
-
-
 def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
     system: JobSystem, claims: Claims, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,8 +233,6 @@ class Machine(RuleBasedStateMachine):
             from_id=[BEGINNING[1]] * len(places),
             n=n,
             in_turn=n > 1,
-            above=None,
-            few=1,
         )
         self.take(rows, worker, expected[:n] if worker.id in self.alive else [])
 
