@@ -214,15 +214,20 @@ class Submissions:
                 pass
 
     def _insert_waiting(self) -> bool:
-        """Insert what waits, as far as it is not too much; whether there is more."""
+        """Insert what waits, as far as it is not too much; whether there is more. It raises nothing: those who come meanwhile rely on
+        somebody going on."""
         group: list[_Turn] = []
         size = 0
-        with self._lock:
-            while self._waiting and len(group) < LARGEST_INSERT and size < LARGEST_GROUP:
-                group.append(self._waiting.popleft())
-                size += len(group[-1].job.payload)
         try:
+            with self._lock:
+                while self._waiting and len(group) < LARGEST_INSERT and size < LARGEST_GROUP:
+                    group.append(self._waiting[0])
+                    self._waiting.popleft()
+                    size += len(group[-1].job.payload)
             self._insert(group)
+        except Exception:
+            with contextlib.suppress(Exception):
+                log.exception("a part of the jobs that waited could not be inserted", jobs=len(group))
         finally:
             with self._lock:
                 self._inserting = more = bool(self._waiting)
