@@ -30,7 +30,7 @@ def measure(bench: Bench) -> Result:
 
 def of_the_web(bench: Bench) -> dict[str, object]:
     """The growth of each web process, in MB, over so many posts."""
-    wanted, posted = bench.sized(50_000), 0.0
+    wanted, posted = bench.sized(50_000, full=1_000_000), 0.0
     with bench.system() as system, web(system) as (port, pid):
         post(port, 3)
         before = resident(pid)
