@@ -178,7 +178,8 @@ def test_clients_that_keep_their_connections_are_shared_by_all_processes(start_w
         return max(numbers) - min(numbers) if len(numbers) == 3 else 30
 
     eventually(lambda: spread() < 30)
-    assert sorted(spread() for _ in range(5))[2] <= 4
+    # On a busy machine a process now and then comes too late for what was left to it. Left to chance, the median is about 15.
+    eventually(lambda: sorted(spread() for _ in range(5))[2] <= 4, timeout=60)
     # One that is stuck has fewest, and leaving clients to it must not keep them waiting.
     stuck = min(connections())
     psutil.Process(stuck).suspend()
