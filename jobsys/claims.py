@@ -303,11 +303,11 @@ class Claims:
             self._database.run,
             "claim",
             worker=self._worker(),
-            types=types,
-            queues=[queue_name for queue_name, _ in looks],
-            priorities=[priority for _, priority in looks],
-            from_run_at=[run_at for run_at, _ in begin],
-            from_id=[id for _, id in begin],
+            types=db.array(types),
+            queues=db.array(queue_name for queue_name, _ in looks),
+            priorities=db.array(priority for _, priority in looks),
+            from_run_at=db.array(run_at for run_at, _ in begin),
+            from_id=db.array(id for _, id in begin),
             n=room,
         )
         began = time.monotonic()

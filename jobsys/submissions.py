@@ -52,7 +52,8 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
         return []
     if all(job.plain for job in jobs):
         with connection.cursor() as cursor:
-            cursor.execute(_submit(len(jobs)), [(*job[:7], job.group_id) for job in jobs])
+            # Value by value: psycopg2 writes rows that are tuples at half the speed.
+            cursor.execute(_submit(len(jobs)), [value for job in jobs for value in (*job[:7], job.group_id)])
             rows: list[db.Row] = cursor.fetchall()
             return rows
     # In the order of their keys: two transactions that wait for each other's keys would be a deadlock.
@@ -66,7 +67,7 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
 
 @lru_cache(MANY)
 def _submit(jobs: int) -> str:
-    return db.STATEMENTS["submit"].replace("{rows}", ", ".join(["%s"] * jobs))
+    return db.STATEMENTS["submit"].replace("{rows}", ", ".join(["(%s, %s, %s, %s, %s, %s, %s, %s)"] * jobs))
 
 
 def insert_one(connection: Any, job: Submitted) -> db.Row | None:
@@ -146,21 +147,20 @@ class Submissions:
             # A key may have to wait for somebody's open transaction: alone.
             with self._database.connection() as connection:
                 return insert_one(connection, job)
-        turn = _Awaited(job)
         # A job's function may submit, and be stopped meanwhile: not in here, where others wait.
         with undisturbed():
             with self._lock:
-                alone = not self._inserting
+                turn = _Awaited(job) if self._inserting else _Turn(job)
                 self._inserting = True
-                if not alone:
+                if isinstance(turn, _Awaited):
                     self._waiting.append(turn)
-            if alone:
+            if isinstance(turn, _Awaited):
+                self._await(turn)
+            else:
                 try:
                     self._insert([turn])
                 finally:
                     self._go_on()
-            else:
-                self._await(turn)
         if turn.error is not None:
             raise turn.error
         return turn.row

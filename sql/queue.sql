@@ -31,9 +31,7 @@ copy jobs (id, type, queue, priority, payload, options, max_attempts, group_id) 
 
 -- name: claim
 -- From free queues: schema.sql says what it promises.
-select id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
-    (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue, date_part('epoch', clock_timestamp() - run_at)
-from claim_jobs(
+select * from claim_jobs(
     %(worker)s::uuid, %(types)s, %(queues)s, %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[], %(n)s,
     %(in_turn)s
 );

@@ -336,13 +336,14 @@ end $$;
 -- there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
 -- number is random, so that the claim which was forgotten and the next one differ, and only the next one's outcome counts.
 --
--- It names its columns: a `setof jobs` that waits while a migration adds a column to `jobs` fails, having promised the row as it was.
+-- It names its columns: a `setof jobs` that waits while a migration adds a column to `jobs` fails, having promised the row as it was. They come as the
+-- worker reads them, so that nothing is left to the statement that calls this, which is read and planned each time.
 create function claim_jobs(
     worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer,
     in_turn boolean
 ) returns table (
-    id uuid, type text, priority smallint, payload jsonb, options jsonb, attempt integer, claim bigint, max_attempts integer, run_at timestamptz,
-    created_at timestamptz, crashes integer, queue text
+    id text, type text, priority smallint, payload text, options text, attempt integer, claim bigint, max_attempts integer, run_at text,
+    age bigint, crashes integer, queue text, late float8
 )
 language plpgsql
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set enable_hashjoin = off
@@ -383,7 +384,8 @@ begin
     set status = 'PROCESSING', attempt = attempt + 1, claim = claim + 1 + (random() * 2147483647)::bigint, started_at = clock_timestamp(),
         worker = worker_id, progress = null
     where id = any(found_ids)
-    returning id, type, priority, payload, options, attempt, claim, max_attempts, run_at, created_at, crashes, queue;
+    returning id::text, type, priority, payload::text, options::text, attempt, claim, max_attempts, (run_at at time zone 'UTC')::text,
+        (date_part('epoch', clock_timestamp() - created_at) * 1000)::bigint, crashes, queue, date_part('epoch', clock_timestamp() - run_at);
 end $$;
 
 -- Jobs whose attempt succeeded are COMPLETED. `any(array[…])` and `status::text` leave the planner the primary key as the only way from a

@@ -573,6 +573,13 @@ def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker:
     assert touched(database_url, "stop_requests", worker=worker.id) <= 3
 
 
+def test_an_array_written_as_one_string_is_read_back_as_it_was(database_url: str) -> None:
+    names = ["", " ", "null", "NULL", 'a"b', "a\\b", '\\"', "{a,b}", "it's", "%s", "ä\n\t"]
+    assert execute(database_url, "select %s::text[]", db.array(names)) == [(names,)]
+    assert execute(database_url, "select %s::bigint[]", db.array([1, -2])) == [([1, -2],)]
+    assert execute(database_url, "select %s::bigint[]", db.array([])) == [([],)]
+
+
 def test_large_claims_of_a_queue_take_turns_and_others_do_not_wait_for_them(system: JobSystem, worker: Worker, database_url: str) -> None:
     ids = system.submit_many(Submission("TEST_JOB") for _ in range(9))
     where = {"worker": worker.id, "types": ["TEST_JOB"], **LOOK}
