@@ -199,7 +199,7 @@ insert into queues (name, paused) values (%(queue)s, true) on conflict (name) do
 update queues set paused = false where name = %(queue)s;
 
 -- name: wake_queue
-select wake_workers(array[%(queue)s], array[null]::smallint[]);
+select pg_notify('jobsys', %(queue)s) where exists (select from workers where %(queue)s = any(asleep));
 
 -- name: queue_settings
 select name, paused, rate_count, extract(epoch from rate_period)::float8, max_running from queues;

@@ -221,17 +221,6 @@ create table schema_versions (
     applied_at timestamptz not null default clock_timestamp()
 );
 
--- Tell of due jobs of these queues and priorities whoever waits for them: who sleeps, and who is busy with less urgent ones.
-create function wake_workers(due_queues text[], due_priorities smallint[]) returns void
-language sql volatile set search_path from current as $$
-    select pg_notify('jobsys', due.queue)
-    from unnest(due_queues, due_priorities) as due(queue, priority)
-    where exists (
-        select from workers
-        where due.queue = any(workers.asleep) or due.priority < workers.busy_above and due.queue = any(workers.queues)
-    )
-$$;
-
 -- A plain `insert into jobs (type, payload)` gets what its type declares, once a worker has said so; and a run_at to come makes it SCHEDULED.
 create function fill_in_job() returns trigger
 language plpgsql set search_path from current as $$
@@ -255,11 +244,14 @@ language plpgsql set search_path from current as $$
 begin
     insert into tally_log (queue, type, status, entered, departed)
     select queue, type, unnest(array['CREATED', status::text]), count(*), 0 from added group by queue, type, status;
-    if exists (
-        select from workers where asleep <> '{}' or busy_above > (select min(priority) from added where status = 'PENDING')
-    ) then
-        perform wake_workers(array_agg(queue), array_agg(priority))
-        from (select queue, min(priority) as priority from added where status = 'PENDING' group by queue) as due;
+    -- Tell of due jobs whoever waits for them: who sleeps, and who is busy with less urgent ones.
+    if exists (select from workers where asleep <> '{}' or busy_above is not null) then
+        perform pg_notify('jobsys', due.queue)
+        from (select queue, min(priority) as priority from added where status = 'PENDING' group by queue) as due
+        where exists (
+            select from workers
+            where due.queue = any(workers.asleep) or due.priority < workers.busy_above and due.queue = any(workers.queues)
+        );
     end if;
     return null;
 end $$;
@@ -277,11 +269,14 @@ begin
     ) as moves
     group by queue, type, status
     having sum(n) <> 0;
-    if exists (
-        select from workers where asleep <> '{}' or busy_above > (select min(priority) from changed where status = 'PENDING')
-    ) then
-        perform wake_workers(array_agg(queue), array_agg(priority))
-        from (select queue, min(priority) as priority from changed where status = 'PENDING' group by queue) as due;
+    -- As in after_jobs_insert.
+    if exists (select from workers where asleep <> '{}' or busy_above is not null) then
+        perform pg_notify('jobsys', due.queue)
+        from (select queue, min(priority) as priority from changed where status = 'PENDING' group by queue) as due
+        where exists (
+            select from workers
+            where due.queue = any(workers.asleep) or due.priority < workers.busy_above and due.queue = any(workers.queues)
+        );
     end if;
     return null;
 end $$;
