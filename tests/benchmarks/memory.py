@@ -36,7 +36,9 @@ def of_the_web(bench: Bench) -> dict[str, object]:
         before = resident(pid)
         while posted < wanted:
             posted += post(port, 5)["requests"]
-        return {"posts": posted, "growth": growth(before, resident(pid))}
+        grown = growth(before, resident(pid))
+    tell(f"  web processes, over {posted:,.0f} posts: {grown}")
+    return {"posts": posted, "growth": grown}
 
 
 def resident(pid: int) -> dict[int, float]:
