@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import queue
 import re
 import select
 import socket
@@ -79,9 +78,7 @@ class Database:
         self.size = size
         self.waits: deque[float] = deque(maxlen=10_000)
         """Seconds that threads waited for a free connection, where none was, since somebody last took them from here."""
-        self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore of threading's takes longer
-        for _ in range(size):
-            self._turns.put(None)
+        self._turns = threading.BoundedSemaphore(size)
         self._idle: list[Any] = []
         self._in_use: dict[Any, float] = {}
         self._watch: threading.Thread | None = None
@@ -125,7 +122,7 @@ class Database:
                     self._idle.append(connection)
                 elif connection is not None:
                     _close(connection)
-                self._turns.put(None)
+                self._turns.release()
 
     def run(self, name: str, /, **parameters: Any) -> list[Row]:
         """Run one named statement in a transaction of its own; the rows it returns."""
@@ -167,16 +164,13 @@ class Database:
         return len(self._idle)
 
     def _wait_for_turn(self) -> None:
-        try:
-            self._turns.get_nowait()
-        except queue.Empty:
-            began = time.monotonic()
-            try:
-                self._turns.get(timeout=self.wait)
-            except queue.Empty:
-                raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s") from None
-            finally:
-                self.waits.append(time.monotonic() - began)
+        if self._turns.acquire(blocking=False):
+            return
+        began = time.monotonic()
+        came = self._turns.acquire(timeout=self.wait)
+        self.waits.append(time.monotonic() - began)
+        if not came:
+            raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
 
     def _start_watch(self) -> None:
         if self._watch is None or not self._watch.is_alive():

@@ -15,7 +15,6 @@ from typing import Any
 
 _set_async_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _here = threading.local()
-_nothing = contextlib.nullcontext()
 
 
 class Interruptible:
@@ -89,4 +88,4 @@ class Interruptible:
 def undisturbed() -> contextlib.AbstractContextManager[None]:
     """A block into which nothing is thrown, wherever the thread is: around locks and connections."""
     call: Interruptible | None = getattr(_here, "call", None)
-    return _nothing if call is None or not call._inside else call._undisturbed()
+    return contextlib.nullcontext() if call is None or not call._inside else call._undisturbed()

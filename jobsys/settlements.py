@@ -232,8 +232,9 @@ class Writer(threading.Thread):
 
 def _columns(outcomes: list[Outcome]) -> dict[str, Any]:
     outcomes = sorted(outcomes, key=lambda outcome: outcome.job.message_id)
-    ids, claims = (outcome.job.message_id for outcome in outcomes), (outcome.job.claim for outcome in outcomes)
-    columns: dict[str, Any] = {"id": db.array(ids), "claim": db.array(claims)}
+    # As one text each: psycopg2 would quote every element by itself.
+    ids, claims = (o.job.message_id for o in outcomes), (str(o.job.claim) for o in outcomes)
+    columns: dict[str, Any] = {"id": f"{{{','.join(ids)}}}", "claim": f"{{{','.join(claims)}}}"}
     for name in outcomes[0].parameters:
         columns[name] = [outcome.parameters[name] for outcome in outcomes]
     return columns
