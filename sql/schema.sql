@@ -239,40 +239,28 @@ begin
     return new;
 end $$;
 
-create function after_jobs_insert() returns trigger
+create function after_jobs_written() returns trigger
 language plpgsql set search_path from current as $$
 begin
-    insert into tally_log (queue, type, status, entered, departed)
-    select queue, type, unnest(array['CREATED', status::text]), count(*), 0 from added group by queue, type, status;
+    if tg_op = 'INSERT' then
+        insert into tally_log (queue, type, status, entered, departed)
+        select queue, type, unnest(array['CREATED', status::text]), count(*), 0 from written group by queue, type, status;
+    else
+        -- Net: a row that stays in its status has neither entered nor left it. (No statement moves rows both into and out of one status.)
+        insert into tally_log (queue, type, status, entered, departed)
+        select queue, type, status, greatest(sum(n), 0), greatest(-sum(n), 0)
+        from (
+            select queue, type, status, 1 as n from written
+            union all
+            select queue, type, status, -1 from previous
+        ) as moves
+        group by queue, type, status
+        having sum(n) <> 0;
+    end if;
     -- Tell of due jobs whoever waits for them: who sleeps, and who is busy with less urgent ones.
     if exists (select from workers where asleep <> '{}' or busy_above is not null) then
         perform pg_notify('jobsys', due.queue)
-        from (select queue, min(priority) as priority from added where status = 'PENDING' group by queue) as due
-        where exists (
-            select from workers
-            where due.queue = any(workers.asleep) or due.priority < workers.busy_above and due.queue = any(workers.queues)
-        );
-    end if;
-    return null;
-end $$;
-
-create function after_jobs_update() returns trigger
-language plpgsql set search_path from current as $$
-begin
-    -- Net: a row that stays in its status has neither entered nor left it. (No statement moves rows both into and out of one status.)
-    insert into tally_log (queue, type, status, entered, departed)
-    select queue, type, status, greatest(sum(n), 0), greatest(-sum(n), 0)
-    from (
-        select queue, type, status, 1 as n from changed
-        union all
-        select queue, type, status, -1 from previous
-    ) as moves
-    group by queue, type, status
-    having sum(n) <> 0;
-    -- As in after_jobs_insert.
-    if exists (select from workers where asleep <> '{}' or busy_above is not null) then
-        perform pg_notify('jobsys', due.queue)
-        from (select queue, min(priority) as priority from changed where status = 'PENDING' group by queue) as due
+        from (select queue, min(priority) as priority from written where status = 'PENDING' group by queue) as due
         where exists (
             select from workers
             where due.queue = any(workers.asleep) or due.priority < workers.busy_above and due.queue = any(workers.queues)
@@ -297,9 +285,9 @@ create trigger jobs_filled_in before insert on jobs
     )
     execute function fill_in_job();
 create trigger jobs_inserted after insert on jobs
-    referencing new table as added for each statement execute function after_jobs_insert();
+    referencing new table as written for each statement execute function after_jobs_written();
 create trigger jobs_updated after update on jobs
-    referencing old table as previous new table as changed for each statement execute function after_jobs_update();
+    referencing old table as previous new table as written for each statement execute function after_jobs_written();
 create trigger jobs_deleted after delete on jobs
     referencing old table as removed for each statement execute function after_jobs_delete();
 
