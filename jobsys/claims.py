@@ -114,6 +114,8 @@ class Claims:
         self._found: dict[str, tuple[float, float]] = {}
         self._emptied: dict[str, float] = {}
         """The queues in which the last claim left nothing, and until when not to look again."""
+        self._overtaken: set[str] = set()
+        """The queues of which the last claim brought only what is more urgent than most: the next one brings whatever there is."""
         self._places: dict[str, dict[int, tuple[str, str]]] = {}
         self._look_from_start_at: dict[str, float] = {}
         self._priorities: dict[str, tuple[float, list[int]]] = {}
@@ -238,15 +240,22 @@ class Claims:
     def _claim_freely(self, queue_name: str, room: int) -> list[RunningJob]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), whenever fewer came
         than were asked for, and when a type that was full has room again. So dead index entries, which an old snapshot keeps, and the
-        backlog of a full type are walked over rarely and not at each claim."""
+        backlog of a full type are walked over rarely and not at each claim.
+
+        Who claims many first takes what is more urgent than most that are in memory, if there is any: so few start at once, among hundreds
+        of others when all of those are claimed. The next claim takes whatever there is: a trickle of urgent jobs keeps no thread idle."""
         now = time.monotonic()
         full = self._full()
         from_start = now >= self._look_from_start_at.get(queue_name, 0.0) or full != self._full_before.get(queue_name, full)
         self._full_before[queue_name] = full
         if from_start:
             self._places[queue_name] = {}
-        jobs, all_found = self._claim_fitting([(queue_name, priority) for priority in self._known_priorities(queue_name, now)], room)
-        if not all_found and not full:
+        looks = [(queue_name, priority) for priority in self._known_priorities(queue_name, now)]
+        ahead_of = self.above if room > self.work.threads and queue_name not in self._overtaken else None
+        jobs, all_found = self._claim_fitting(looks, room, ahead_of)
+        overtaken = ahead_of is not None and bool(jobs) and not all_found and all(job.priority < ahead_of for job in jobs)
+        (self._overtaken.add if overtaken else self._overtaken.discard)(queue_name)
+        if not all_found and not full and not overtaken:
             self._look_from_start_at[queue_name] = 0.0
         elif from_start:
             self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
@@ -256,7 +265,7 @@ class Claims:
         """The types of which this process may take no more now."""
         return frozenset(name for name, room in self._rooms().items() if room == 0)
 
-    def _claim_fitting(self, looks: list[tuple[str, int]], room: int) -> tuple[list[RunningJob], bool]:
+    def _claim_fitting(self, looks: list[tuple[str, int]], room: int, ahead_of: int | None = None) -> tuple[list[RunningJob], bool]:
         """Claim what this process may take; and whether there were as many as asked for. By one statement, unless a type that crowds has
         some room left: then first that many jobs of any type, in their order, and the rest without the types that are full by then."""
         queues = {queue_name for queue_name, _ in looks}
@@ -267,7 +276,7 @@ class Claims:
             crowds = [rooms[name] << misses for (queue, name), misses in list(self._crowds.items()) if queue in queues and rooms.get(name)]
             n = min([room - len(jobs), *crowds])
             try:
-                rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0])
+                rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0], ahead_of)
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 if not jobs:
                     raise
@@ -296,7 +305,7 @@ class Claims:
                     if rooms[name] << self._crowds[queue, name] >= LARGEST_CLAIM:
                         del self._crowds[queue, name]
 
-    def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
+    def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str], ahead_of: int | None) -> list[db.Row]:
         """Claim from some queues and priorities, each from where the last claim of it ended."""
         begin = [self._places.get(queue_name, {}).get(priority, BEGINNING) for queue_name, priority in looks]
         claim = partial(
@@ -309,6 +318,7 @@ class Claims:
             from_run_at=db.array(run_at for run_at, _ in begin),
             from_id=db.array(id for _, id in begin),
             n=room,
+            ahead_of=ahead_of,
         )
         began = time.monotonic()
         # Small claims disturb others little, and urgent ones must not wait.
@@ -380,7 +390,8 @@ class Claims:
             # Whether or not it could be said: it may have been. Then this process has to say again that it sleeps, when it does.
             self._say("wake", queue=queue_name)
             self._naps.pop(queue_name, None)
-        if len(jobs) < room and (brisk or queue_name in self._naps) and queue_name not in self._limited:
+        left_some = queue_name in self._limited or queue_name in self._overtaken
+        if len(jobs) < room and (brisk or queue_name in self._naps) and not left_some:
             self._emptied[queue_name] = time.monotonic() + (GATHER if brisk else NAPS[0])
 
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:

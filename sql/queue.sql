@@ -33,7 +33,7 @@ copy jobs (id, type, queue, priority, payload, options, max_attempts, group_id) 
 -- From free queues: schema.sql says what it promises.
 select * from claim_jobs(
     %(worker)s::uuid, %(types)s, %(queues)s, %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[], %(n)s,
-    %(in_turn)s
+    %(in_turn)s, %(ahead_of)s::smallint
 );
 
 -- name: look_at_gate

@@ -313,7 +313,9 @@ end $$;
 -- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
 -- lost. A place begins where the last claim ended (see claims.py), because dead index entries before it may be many while an old snapshot is
--- held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says that it was not its turn. Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
+-- held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says that it was not its turn. With `ahead_of` jobs that are
+-- more urgent than this come alone, if there are any: a large claim takes as long as all its jobs do, and they need not wait for the others.
+-- Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
 --
 -- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission) takes it
 -- there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
@@ -323,7 +325,7 @@ end $$;
 -- worker reads them, so that nothing is left to the statement that calls this, which is read and planned each time.
 create function claim_jobs(
     worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer,
-    in_turn boolean
+    in_turn boolean, ahead_of smallint
 ) returns table (
     id text, type text, priority smallint, payload text, options text, attempt integer, claim bigint, max_attempts integer, run_at text,
     age bigint, crashes integer, queue text, late float8
@@ -334,30 +336,35 @@ set enable_mergejoin = off set jit = off as $$
 #variable_conflict use_column
 declare
     found_ids uuid[];
+    least_urgent integer;
 begin
     if in_turn and not take_turn(queue_names[1]) then
         return next;
         return;
     end if;
-    found_ids := array(  -- in a statement of its own, which sees what was claimed before its turn
-        select next.id
-        from unnest(queue_names, priorities, from_run_at, from_id) as place(queue, priority, run_at, id)
-        cross join lateral (
-            select jobs.id
-            from jobs
-            where jobs.status = 'PENDING'
-                and jobs.queue = place.queue
-                and jobs.priority = place.priority
-                and (jobs.run_at, jobs.id) > (place.run_at, place.id)
-                and jobs.type = any(known_types)
-            order by jobs.run_at, jobs.id
+    foreach least_urgent in array case when ahead_of is null then array[32767] else array[ahead_of - 1, 32767] end loop
+        found_ids := array(  -- in a statement of its own, which sees what was claimed before its turn
+            select next.id
+            from unnest(queue_names, priorities, from_run_at, from_id) as place(queue, priority, run_at, id)
+            cross join lateral (
+                select jobs.id
+                from jobs
+                where jobs.status = 'PENDING'
+                    and jobs.queue = place.queue
+                    and jobs.priority = place.priority
+                    and (jobs.run_at, jobs.id) > (place.run_at, place.id)
+                    and jobs.type = any(known_types)
+                order by jobs.run_at, jobs.id
+                limit most
+                for update skip locked
+            ) as next
+            where place.priority <= least_urgent
+                and exists (select from workers where workers.id = worker_id)
+                and not exists (select from queues where name = place.queue and (paused or rate_count is not null or max_running is not null))
             limit most
-            for update skip locked
-        ) as next
-        where exists (select from workers where workers.id = worker_id)
-            and not exists (select from queues where name = place.queue and (paused or rate_count is not null or max_running is not null))
-        limit most
-    );
+        );
+        exit when found_ids <> '{}';
+    end loop;
     if found_ids = '{}' then
         return;
     end if;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from typing import Any
 
 import psycopg2
 import pytest
@@ -61,6 +62,26 @@ def test_an_urgent_job_is_claimed_while_a_crowd_is_in_memory(system: JobSystem, 
     assert (claimed.message_id, claimed.queue_name) == (urgent.id, queue)
     assert claims.claim_urgent() == []
     assert claimed in claims.work.expected
+
+
+def test_many_are_claimed_after_the_more_urgent_ones_of_which_a_trickle_holds_up_nothing(
+    system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims.work.threads = 2
+    monkeypatch.setattr(claims, "_room", lambda: THREADS)
+    waiting = system.submit_many(Submission("TEST_JOB") for _ in range(2 * THREADS))
+
+    def taken() -> list[str]:
+        claims.work.expected.clear()
+        return [job.message_id for job in claims.take("default", 1)]
+
+    assert taken() == waiting[:THREADS] and claims.above == 0
+    urgent = [system.submit("TEST_JOB", priority="high").id for _ in range(3)]
+    assert taken() == urgent, "they come alone, and soon"
+    more = system.submit("TEST_JOB", priority="high").id
+    assert taken() == [more, *waiting[THREADS:-1]], "and next comes whatever there is"
+    many = system.submit_many(Submission("TEST_JOB", priority="high") for _ in range(THREADS))
+    assert taken() == many and taken() == waiting[-1:]
 
 
 def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
@@ -164,9 +185,9 @@ def bounded(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     claim_at = claims._claim_at
 
-    def recorded(looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
+    def recorded(looks: list[tuple[str, int]], room: int, *rest: Any) -> list[db.Row]:
         asked.append(room)
-        return claim_at(looks, room, types)
+        return claim_at(looks, room, *rest)
 
     monkeypatch.setattr(claims, "_rooms", lambda: {"TEST_JOB": 4})
     monkeypatch.setattr(claims, "_claim_at", recorded)
@@ -196,10 +217,10 @@ def test_what_a_claim_brought_is_not_forgotten_when_the_next_one_fails(
     bounded.clear()
     claim_at = claims._claim_at
 
-    def fail_at_the_second(looks: list[tuple[str, int]], room: int, types: list[str]) -> list[db.Row]:
+    def fail_at_the_second(looks: list[tuple[str, int]], room: int, *rest: Any) -> list[db.Row]:
         if bounded:
             raise DatabaseUnavailable("cut")
-        return claim_at(looks, room, types)
+        return claim_at(looks, room, *rest)
 
     monkeypatch.setattr(claims, "_claim_at", fail_at_the_second)
     assert len(claims.take("default", 1)) == 4

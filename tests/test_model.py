@@ -218,11 +218,14 @@ class Machine(RuleBasedStateMachine):
         n=st.integers(1, 4),
         names=st.sampled_from([["default", "ingestion"], ["ingestion", "default"], ["default"]]),
         all_types=st.sampled_from([True, True, False]),
+        ahead_of=st.sampled_from([None, None, *PRIORITIES.values()]),
     )
-    def claim(self, worker: Worker, n: int, names: list[str], all_types: bool) -> None:
+    def claim(self, worker: Worker, n: int, names: list[str], all_types: bool, ahead_of: int | None = None) -> None:
         known_types = sorted(TYPES) if all_types else ["TEST_JOB"]
         places = [(queue, priority) for priority in sorted(PRIORITIES.values()) for queue in names]
         expected = [job for place in places if not self.limits[place[0]].any for job in self.next_of(*place, known_types)]
+        if ahead_of is not None:
+            expected = [job for job in expected if job.priority < ahead_of] or expected
         rows = self.run(
             "claim",
             worker=worker.id,
@@ -233,6 +236,7 @@ class Machine(RuleBasedStateMachine):
             from_id=[BEGINNING[1]] * len(places),
             n=n,
             in_turn=n > 1,
+            ahead_of=ahead_of,
         )
         self.take(rows, worker, expected[:n] if worker.id in self.alive else [])
 

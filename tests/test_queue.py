@@ -22,7 +22,7 @@ from jobsys.system import JobSystem, Submission
 
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 PLACES = {"queues": ["default"] * 3, "priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
-LOOK = {**PLACES, "in_turn": False}
+LOOK = {**PLACES, "in_turn": False, "ahead_of": None}
 
 
 class Worker:
@@ -559,7 +559,7 @@ def test_looking_for_due_and_for_old_jobs_does_not_walk_the_others(system: JobSy
 
 def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker: Worker, database_url: str) -> None:
     claim = {"worker": worker.id, "types": ["TEST_JOB"], **LOOK, "n": 100}
-    urgent = {"worker": worker.id, "types": ["TEST_JOB"], **{name: column[:1] for name, column in PLACES.items()}, "in_turn": False, "n": 8}
+    urgent = claim | {name: column[:1] for name, column in PLACES.items()} | {"n": 8}
     pile_up(database_url, "PENDING")
     execute(database_url, "vacuum analyze jobs")
     few, look = touched(database_url, "claim", **claim), touched(database_url, "claim", **urgent)

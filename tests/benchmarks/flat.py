@@ -86,6 +86,7 @@ def _claim(system: JobSystem) -> int:
         "from_id": [BEGINNING[1]] * len(priorities),
         "n": CLAIMED,
         "in_turn": True,
+        "ahead_of": None,
     }
     url = str(system.settings.database_url)
     with contextlib.closing(db.Database(url).connect()) as connection, connection.cursor() as cursor:
