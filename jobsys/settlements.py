@@ -77,13 +77,16 @@ class Settlements:
             self.some.set()
 
     def write(self) -> None:
-        """Write whatever waits, unless another thread is at it. Raises DatabaseUnavailable when the database is away; what is not written
-        is kept, and the next `write` tries again on a fresh connection."""
+        """Write whatever waits by now, unless another thread is at it: what comes meanwhile is for the next `write`, so that a trickle
+        shares commits. Raises DatabaseUnavailable when the database is away; what is not written is kept, and the next `write` tries again
+        on a fresh connection."""
+        left = len(self._waiting)
         while True:
             with self._lock:
                 if self._in_flight:
                     return
-                group = [self._waiting.popleft() for _ in range(min(len(self._waiting), LARGEST_GROUP))]
+                group = [self._waiting.popleft() for _ in range(min(left, len(self._waiting), LARGEST_GROUP))]
+                left -= len(group)
                 if not group and time.monotonic() >= self._try_locked_at:
                     group, self._locked = self._locked[:LARGEST_GROUP], self._locked[LARGEST_GROUP:]
                 if not group:

@@ -202,3 +202,26 @@ def test_a_job_that_somebody_has_locked_delays_no_other_and_is_written_when_it_i
     threading.Timer(0.5, holder.close).start()
     settlements.write_all(10)
     assert len(settlements) == 0 and system.job(jobs[7].message_id).status == "COMPLETED"
+
+
+def test_what_ends_while_a_write_is_on_its_way_shares_the_next(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [running() for _ in range(6)]
+    groups: list[int] = []
+    run = db.run
+
+    def while_others_end(connection: object, name: str, /, **values: list[object]) -> list[db.Row]:
+        groups.append(len(settlements))
+        if len(groups) == 1:
+            for job in jobs[1:]:
+                settlements.add(finish(job))
+        return run(connection, name, **values)
+
+    monkeypatch.setattr(db, "run", while_others_end)
+    settlements.add(finish(jobs[0]))
+    settlements.write()
+    assert len(settlements) == 5 and settlements.some.is_set(), "they wait for others that end meanwhile"
+    settlements.write()
+    assert groups == [1, 5] and len(settlements) == 0
+    assert system.totals()["jobs_success"] == 6
