@@ -289,6 +289,42 @@ def away() -> Any:
     return webtest.TestApp(create_app(system=JobSystem(NO_DATABASE)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def systems() -> Iterator[list[Any]]:
+    """Every JobSystem that is made in this process, until it is closed: at the end of its test, or of the file if it is a fixture's of it.
+
+    None goes on reporting to its database from a thread: while libpq connects, it reads the environment, and pytest writes there whenever a
+    test begins or ends, which in C is a crash waiting to happen.
+    """
+    from jobsys.system import JobSystem
+
+    made: list[JobSystem] = []
+    make = JobSystem.__init__
+
+    def noted(system: JobSystem, *given: Any, **named: Any) -> None:
+        make(system, *given, **named)
+        made.append(system)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobSystem, "__init__", noted)
+        yield made
+    _close(made)
+
+
+@pytest.fixture(autouse=True)
+def systems_of_a_test(systems: list[Any]) -> Iterator[None]:
+    """Those that a test made are closed."""
+    before = len(systems)
+    yield
+    _close(systems[before:])
+    del systems[before:]
+
+
+def _close(systems: list[Any]) -> None:
+    for system in systems:
+        system.close()
+
+
 @pytest.fixture
 def launcher(tmp_path: Path, database_url: str) -> Iterator[Launcher]:
     """Starts any process; at the end all have to stop at SIGTERM and leave no orphan."""
