@@ -71,9 +71,23 @@ MUTANTS = [
     Mutant(
         "a worker that was declared lost goes on claiming",
         "sql/schema.sql",
-        "where exists (select from workers where workers.id = worker_id)",
-        "where true",
+        "and exists (select from workers where workers.id = worker_id)",
+        "",
         "tests/test_queue.py -k declared_lost_claims_nothing",
+    ),
+    Mutant(
+        "an urgent job waits for the hundreds that are claimed with it",
+        "sql/schema.sql",
+        "array[ahead_of - 1, 32767]",
+        "array[32767]",
+        "tests/test_claims.py -k trickle",
+    ),
+    Mutant(
+        "a trickle of urgent jobs keeps the others from being claimed",
+        "jobsys/claims.py",
+        " and queue_name not in self._overtaken else",
+        " else",
+        "tests/test_claims.py -k trickle",
     ),
     Mutant(
         "silence counts right after an outage",

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from statistics import median
 
+import psutil
+
+from jobsys.system import JobSystem
 from tests.benchmarks import floor, peers
-from tests.benchmarks.harness import THREADS, Bench, alternate, drain_rate, execute, fill, vacuum, wait_for_completed
+from tests.benchmarks.harness import THREADS, Bench, alternate, drain_rate, execute, fill, vacuum, wait_for_completed, wait_until
 from tests.benchmarks.peers import Peer
 from tests.benchmarks.result import Result
 
 UNIT = "jobs/s"
+COUNT_NOTHING = "create or replace function after_jobs_written() returns trigger language plpgsql as 'begin return null; end'"
+UNFINISHED = "select exists (select from jobs where status = 'PENDING') or exists (select from jobs where status = 'PROCESSING')"
+SESSIONS = "select pid from pg_stat_activity where datname = current_database() and application_name like 'jobsys %'"
 
 
 def measure(bench: Bench) -> Result:
-    """Rates by the database's clock, from the first start to the last end. A small backlog is to a slow peer's advantage."""
+    """Rates by the database's clock, from the first start to the last end. A small backlog is to a slow peer's advantage. Details have the
+    share that is left of the rate without counters, and the CPU that a job costs."""
     jobs = bench.sized(100_000)
     others = peers.available("pgqueuer", "procrastinate", "chancy", "dramatiq_pg")
     contenders = {"jobsys": partial(ours, bench, jobs), "floor": partial(bare, bench, jobs)}
@@ -22,7 +31,10 @@ def measure(bench: Bench) -> Result:
     tuning = {peer.name: peer.tuning for peer in others}
     slow = [name for name, backlog in backlogs.items() if backlog < jobs]
     runs = alternate(contenders, bench.runs, slow=slow)
-    return Result.of_runs(UNIT, runs, backlog={"jobsys": jobs, **backlogs}, threads=THREADS, tuning=tuning)
+    counting = alternate({"with": partial(uncounted, bench, jobs, False), "without": partial(uncounted, bench, jobs, True)}, bench.runs)
+    share = median(counted / free for counted, free in zip(*counting.values(), strict=True))
+    details = {"share_with_counters": share, "cpu_of_a_job": cpu_of_a_job(bench, jobs), "tuning": tuning}
+    return Result.of_runs(UNIT, runs, backlog={"jobsys": jobs, **backlogs}, threads=THREADS, **details)
 
 
 def ours(bench: Bench, jobs: int) -> float:
@@ -33,6 +45,42 @@ def ours(bench: Bench, jobs: int) -> float:
         with bench.workers(system):
             wait_for_completed(system, jobs)
         return drain_rate(system)
+
+
+def uncounted(bench: Bench, jobs: int, really: bool) -> float:
+    """The same, and really without any counters and notifications, or with them."""
+    with bench.system() as system:
+        url = str(system.settings.database_url)
+        if really:
+            execute(url, COUNT_NOTHING)
+        fill(system, jobs)
+        vacuum(system)
+        with bench.workers(system):
+            wait_until(lambda: not execute(url, UNFINISHED)[0][0], "the backlog is drained", timeout=600)
+        return drain_rate(system)
+
+
+def cpu_of_a_job(bench: Bench, jobs: int) -> dict[str, float]:
+    """In microseconds: of the worker processes, and of PostgreSQL's sessions with them, where the server is one of this machine."""
+    with bench.system() as system, bench.workers(system) as pid:
+        url = str(system.settings.database_url)
+        fill(system, jobs // 5)
+        wait_for_completed(system, jobs // 5)
+        before = _cpu(system, pid)
+        fill(system, jobs)
+        wait_until(lambda: not execute(url, UNFINISHED)[0][0], "the backlog is drained", timeout=600)
+        after = _cpu(system, pid)
+    return {name: (after[name] - before[name]) / jobs * 1e6 for name in after}
+
+
+def _cpu(system: JobSystem, pid: int) -> dict[str, float]:
+    sessions = {session for (session,) in execute(str(system.settings.database_url), SESSIONS)}
+    servers = [process for process in psutil.process_iter(["name"]) if process.pid in sessions and process.info["name"] == "postgres"]
+    return {"workers": _seconds(psutil.Process(pid).children()), "postgresql": _seconds(servers)}
+
+
+def _seconds(processes: Iterable[psutil.Process]) -> float:
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def bare(bench: Bench, jobs: int) -> float:

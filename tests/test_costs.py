@@ -1,0 +1,85 @@
+"""What a job costs, in counts: machines differ in their clocks, and not in these."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Running, eventually, execute
+from psycopg2 import extensions
+
+from jobsys import db
+from jobsys.system import JobSystem, Submission
+
+COMMITS = "select xact_commit from pg_stat_database where datname = current_database()"
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every statement that this process sends, each a round trip, from here on."""
+    sent: list[str] = []
+
+    class Recording(extensions.cursor):
+        def execute(self, query: Any, vars: Any = None) -> None:
+            sent.append(str(query))
+            super().execute(query, vars)
+
+    connect = db.Database.connect
+
+    def recorded(database: db.Database) -> Any:
+        connection = connect(database)
+        connection.cursor_factory = Recording
+        return connection
+
+    monkeypatch.setattr(db.Database, "connect", recorded)
+    return sent
+
+
+def commits(database_url: str) -> int:
+    """How many there were in this database. Sessions tell of theirs when they end, else after a second."""
+    return int(execute(database_url, COMMITS)[0][0])
+
+
+@pytest.mark.parametrize("given", [{}, {"priority": "high"}, {"delay": 60}, {"idempotency_key": "once"}])
+def test_a_submission_is_one_statement(statements: list[str], system: JobSystem, given: dict[str, Any]) -> None:
+    system.submit("TEST_JOB")
+    statements.clear()
+    system.submit("TEST_JOB", **given)
+    assert len(statements) == 1
+
+
+def test_many_are_submitted_by_as_many_statements_as_a_few(statements: list[str], system: JobSystem) -> None:
+    counts = []
+    for number in (2, 99):
+        statements.clear()
+        system.submit_many(Submission("TEST_JOB") for _ in range(number))
+        counts.append(len(statements))
+    assert counts == [2, 2]
+
+
+def test_a_backlog_is_drained_by_few_commits(system: JobSystem, start_worker: Callable[..., Running], database_url: str) -> None:
+    jobs = 5_000
+    system.submit_many(Submission("TEST_JOB") for _ in range(jobs))
+    before = commits(database_url)
+    worker = start_worker(LOG_LEVEL="WARNING")
+    eventually(lambda: system.counts()["COMPLETED"] == jobs, timeout=60, interval=0.5)
+    assert worker.stop() == 0
+    # Claims of some hundreds, outcomes in groups; and what the process says and looks for five times a second.
+    assert commits(database_url) - before < jobs / 10
+
+
+def test_a_post_is_one_commit(system: JobSystem, start_web: Callable[..., Running], database_url: str) -> None:
+    web = start_web(LOG_LEVEL="WARNING", WEB_PROCESSES=1)
+    before = commits(database_url)
+    for number in range(300):
+        request = urllib.request.Request(
+            f"{web.url}/jobs", json.dumps({"payload": {"number": number}}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            assert response.status == 202
+    assert web.stop() == 0
+    assert commits(database_url) - before < 1.2 * 300
+    assert system.counts()["PENDING"] == 300
