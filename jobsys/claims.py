@@ -26,6 +26,8 @@ AHEAD = 0.1
 LATEST_START = 1.0
 """Seconds after which a job that is still held in memory goes back to the queue: the pace was measured on jobs that were faster."""
 LARGEST_CLAIM = 500
+LONGEST_AHEAD = 2.0
+"""Seconds within which a queue is looked at from its start again: somebody may have committed late, or given jobs back."""
 IN_VAIN = 60.0
 """Seconds for which large claims don't wait for their turn, after one that did for five seconds: somebody's may hang."""
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
@@ -66,7 +68,8 @@ class Turns:
 
 
 class Claims:
-    """The claims of one process. Each queue's consumer thread calls `take`; they share one connection by taking turns."""
+    """The claims of one process. Each queue's consumer thread calls `take`. They share two connections by taking turns: one is for large
+    claims, which may have to wait."""
 
     def __init__(
         self,
@@ -104,6 +107,8 @@ class Claims:
         """Told how long each claim took that brought jobs."""
         self._poll_interval = poll_interval
         self._turns = Turns()
+        self._large = threading.Lock()
+        """Held for a claim of more jobs than there are threads: one queue's at a time."""
         self._no_turn_until = float("-inf")
         self._bells: dict[str, threading.Event] = {}
         self._naps: dict[str, int] = {}
@@ -159,7 +164,14 @@ class Claims:
                 room = self._wait_for_room(deadline)
                 if room == 0 or self.closed:
                     return []
-                jobs, pause = self._claim(queue_name, room, deadline)
+                large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
+                if not large:
+                    jobs, pause = self._claim(queue_name, min(room, self.work.threads), deadline)
+            if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
+                try:
+                    jobs, pause = self._claim(queue_name, room, deadline)
+                finally:
+                    self._large.release()
             if jobs:
                 self._note_work(queue_name, jobs, room)
                 return jobs
@@ -257,8 +269,8 @@ class Claims:
         (self._overtaken.add if overtaken else self._overtaken.discard)(queue_name)
         if not all_found and not full and not overtaken:
             self._look_from_start_at[queue_name] = 0.0
-        elif from_start:
-            self._look_from_start_at[queue_name] = now + max(AHEAD, 20 * (time.monotonic() - now))
+        elif from_start and not overtaken:
+            self._look_from_start_at[queue_name] = now + min(max(AHEAD, 20 * (time.monotonic() - now)), LONGEST_AHEAD)
         return jobs
 
     def _full(self) -> frozenset[str]:
@@ -383,7 +395,7 @@ class Claims:
 
     def _note_work(self, queue_name: str, jobs: list[RunningJob], room: int) -> None:
         """Work was found. When it comes briskly it is worth a write to say that this process is awake and needs no notifications."""
-        if len(jobs) > self.work.threads:
+        if len(jobs) > self.work.threads and queue_name not in self._overtaken:
             self._be_busy(jobs[len(jobs) // 2].priority)
         brisk = self._briskness(queue_name, len(jobs)) > BRISK
         if brisk and queue_name in self._naps:

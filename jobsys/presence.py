@@ -1,7 +1,7 @@
 """This process as a worker: its row in `workers`, what it has claimed, what it runs, and how it leaves.
 
-It needs few connections, whatever the number of queues and threads: one for claims, one for outcomes and reports, one for the heart, one
-for the chores.
+It needs few connections, whatever the number of queues and threads: two for claims and one for urgent ones, one for outcomes and reports,
+one for the heart, one for the chores.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Presence:
         """The job that runs alone, if one does."""
         self.must_end = threading.Event()
         """Set when a job could not be stopped: the process has to end, and be replaced."""
-        self._database = db.Database(broker.database.url, size=3, wait=30, name="jobsys worker")
+        self._database = db.Database(broker.database.url, size=4, wait=30, name="jobsys worker")
         self.measurements = broker.measurements
         self.recorder = Recorder(
             self.measurements,

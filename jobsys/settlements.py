@@ -110,10 +110,11 @@ class Settlements:
                 self._wrote()
 
     def write_all(self, patience: float) -> None:
-        """Write all there is, and wait up to `patience` seconds for jobs that somebody has locked. Raises DatabaseUnavailable."""
+        """Write all there is, and wait up to `patience` seconds for jobs that somebody has locked, and for another thread that is writing.
+        Raises DatabaseUnavailable."""
         deadline = time.monotonic() + patience
         self.write()
-        while self._locked and time.monotonic() < deadline:
+        while len(self) and time.monotonic() < deadline:
             time.sleep(0.05)
             self._try_locked_at = 0.0
             self.write()

@@ -72,7 +72,7 @@ where id = any(array(
     select id
     from jobs
     where status = 'PENDING' and queue = %(queue)s and type = any(%(types)s)
-        and exists (select from workers where workers.id = %(worker)s::uuid)
+        and exists (select from workers where workers.id = %(worker)s::uuid and heartbeat_at > '-infinity')
     order by priority, run_at, id
     limit %(n)s
     for update skip locked

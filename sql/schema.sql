@@ -312,7 +312,7 @@ end $$;
 
 -- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
--- lost. A place begins where the last claim ended (see claims.py), because dead index entries before it may be many while an old snapshot is
+-- lost, or reported dead while it waited for its turn. A place begins where the last claim ended (see claims.py), because dead index entries before it may be many while an old snapshot is
 -- held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says that it was not its turn. With `ahead_of` jobs that are
 -- more urgent than this come alone, if there are any: a large claim takes as long as all its jobs do, and they need not wait for the others.
 -- Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
@@ -359,7 +359,7 @@ begin
                 for update skip locked
             ) as next
             where place.priority <= least_urgent
-                and exists (select from workers where workers.id = worker_id)
+                and exists (select from workers where workers.id = worker_id and heartbeat_at > '-infinity')
                 and not exists (select from queues where name = place.queue and (paused or rate_count is not null or max_running is not null))
             limit most
         );

@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant(
         "a worker that was declared lost goes on claiming",
         "sql/schema.sql",
-        "and exists (select from workers where workers.id = worker_id)",
+        "and exists (select from workers where workers.id = worker_id and heartbeat_at > '-infinity')",
         "",
         "tests/test_queue.py -k declared_lost_claims_nothing",
     ),

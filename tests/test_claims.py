@@ -9,11 +9,11 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import execute
+from conftest import eventually, execute
 from test_queue import LOOK, Worker
 
 from jobsys import db
-from jobsys.claims import Claims
+from jobsys.claims import LONGEST_AHEAD, Claims
 from jobsys.errors import DatabaseUnavailable
 from jobsys.running import RunningJob
 from jobsys.system import JobSystem, Submission
@@ -77,7 +77,10 @@ def test_many_are_claimed_after_the_more_urgent_ones_of_which_a_trickle_holds_up
 
     assert taken() == waiting[:THREADS] and claims.above == 0
     urgent = [system.submit("TEST_JOB", priority="high").id for _ in range(3)]
+    claims._look_from_start_at["default"] = 0.0
     assert taken() == urgent, "they come alone, and soon"
+    assert claims.above == 0, "most of those in memory are of the others"
+    assert claims._look_from_start_at["default"] == 0.0, "it is still to be looked at from its start"
     more = system.submit("TEST_JOB", priority="high").id
     assert taken() == [more, *waiting[THREADS:-1]], "and next comes whatever there is"
     many = system.submit_many(Submission("TEST_JOB", priority="high") for _ in range(THREADS))
@@ -109,6 +112,28 @@ def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
     claims._look_from_start_at["default"] = 0.0
     assert [job.message_id for job in claims.take("default", 1)] == ids[:THREADS]
     assert asked[3:] == [True]
+
+
+def test_a_claim_that_waits_for_its_turn_holds_up_no_other_queue(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(2 * THREADS))
+    batch = system.submit("INGEST_BATCH", {"ids": [1]})
+    claims.work.threads = 2
+    monkeypatch.setattr(claims, "_room", lambda: THREADS)
+    waiting: list[RunningJob] = []
+    with contextlib.closing(psycopg2.connect(database_url)) as other:
+        db.run(other, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"in_turn": True}, n=THREADS)
+        taking = threading.Thread(target=lambda: waiting.extend(claims.take("default", 10)))
+        taking.start()
+        eventually(lambda: execute(database_url, "select pid from pg_stat_activity where wait_event = 'advisory'"))
+        assert [job.message_id for job in claims.take("ingestion", 1)] == [batch.id]
+        assert not waiting
+        time.sleep(0.2)  # which is no reason to look from the start so much more rarely
+        other.commit()
+    taking.join()
+    assert [job.message_id for job in waiting] == ids[THREADS:]
+    assert claims._look_from_start_at["default"] <= time.monotonic() + LONGEST_AHEAD
 
 
 def test_nothing_urgent_is_claimed_from_a_paused_queue_nor_by_a_process_that_leaves(system: JobSystem, claims: Claims) -> None:

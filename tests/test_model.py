@@ -213,6 +213,10 @@ class Machine(RuleBasedStateMachine):
             self.move(job, "PROCESSING")
             self.made.append((job, claim))
 
+    def may_claim(self, worker: Worker) -> bool:
+        """Who was declared lost may not, nor who was reported dead and has not beaten since."""
+        return worker.id in self.alive and self.alive[worker.id].heard != LONG_AGO
+
     @rule(
         worker=workers,
         n=st.integers(1, 4),
@@ -238,7 +242,7 @@ class Machine(RuleBasedStateMachine):
             in_turn=n > 1,
             ahead_of=ahead_of,
         )
-        self.take(rows, worker, expected[:n] if worker.id in self.alive else [])
+        self.take(rows, worker, expected[:n] if self.may_claim(worker) else [])
 
     @rule(worker=workers, n=st.integers(1, 4), queue=queues)
     def claim_limited(self, worker: Worker, n: int, queue: str) -> None:
@@ -263,7 +267,7 @@ class Machine(RuleBasedStateMachine):
                 db.run(connection, "spend_start", queue=queue)
                 limits.next_start = self.clock + SPACING
         expected = [job for priority in sorted(PRIORITIES.values()) for job in self.next_of(queue, priority, sorted(TYPES))]
-        self.take(rows, worker, expected[:room] if worker.id in self.alive else [])
+        self.take(rows, worker, expected[:room] if self.may_claim(worker) else [])
 
     def some(self, numbers: list[int]) -> list[tuple[Modelled, int]]:
         return [self.made[-1 - number] for number in numbers if number < len(self.made)]

@@ -603,6 +603,21 @@ def test_large_claims_of_a_queue_take_turns_and_others_do_not_wait_for_them(syst
         assert worker.finish(*((row[0], row[6]) for row in claimed)) == [row[0] for row in claimed]
 
 
+def test_a_worker_that_dies_while_it_waits_for_its_turn_claims_nothing(system: JobSystem, worker: Worker, database_url: str) -> None:
+    """PostgreSQL does not notice that a client is gone while its statement waits for a lock."""
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(3))
+    dying = Worker(system.database, pid=2)
+    where = {"types": ["TEST_JOB"], **LOOK, "in_turn": True, "n": 2}
+    with contextlib.closing(psycopg2.connect(database_url)) as first, ThreadPoolExecutor(1) as threads:
+        db.run(first, "claim", worker=worker.id, **where)
+        late = threads.submit(system.database.run, "claim", worker=dying.id, **where)
+        eventually(lambda: execute(database_url, "select pid from pg_stat_activity where wait_event = 'advisory'"))
+        execute(database_url, "update workers set heartbeat_at = '-infinity' where id = %s", dying.id)
+        first.commit()
+        assert late.result() == []
+    assert system.job(ids[2]).status == "PENDING"
+
+
 def test_after_an_outage_silence_alone_condemns_nobody(system: JobSystem, worker: Worker, database_url: str) -> None:
     execute(database_url, "update workers set heartbeat_at = now() - interval '1 hour'")
     assert system.database.run("lost_workers", silence_counts=False) == []

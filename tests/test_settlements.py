@@ -225,3 +225,27 @@ def test_what_ends_while_a_write_is_on_its_way_shares_the_next(
     settlements.write()
     assert groups == [1, 5] and len(settlements) == 0
     assert system.totals()["jobs_success"] == 6
+
+
+def test_the_last_write_waits_for_one_that_is_on_its_way(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [running() for _ in range(2)]
+    begun, go_on = threading.Event(), threading.Event()
+    run = db.run
+
+    def slowly(connection: object, name: str, /, **values: list[object]) -> list[db.Row]:
+        begun.set()
+        go_on.wait(20)
+        return run(connection, name, **values)
+
+    monkeypatch.setattr(db, "run", slowly)
+    settlements.add(finish(jobs[0]))
+    writing = threading.Thread(target=settlements.write)
+    writing.start()
+    begun.wait(20)
+    settlements.add(finish(jobs[1]))
+    threading.Timer(0.3, go_on.set).start()
+    settlements.write_all(20)
+    writing.join()
+    assert len(settlements) == 0 and system.totals()["jobs_success"] == 2
