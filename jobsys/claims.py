@@ -166,7 +166,8 @@ class Claims:
                     return []
                 large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
                 if not large:
-                    jobs, pause = self._claim(queue_name, min(room, self.work.threads), deadline)
+                    room = min(room, self.work.threads)
+                    jobs, pause = self._claim(queue_name, room, deadline)
             if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
                 try:
                     jobs, pause = self._claim(queue_name, room, deadline)

@@ -46,7 +46,7 @@ METRICS = {
     "job_run_seconds": Metric(
         "How long attempts ran; the outcome is completed, failed (whatever follows) or interrupted.", ("type", "queue", "outcome"), OF_JOBS
     ),
-    "claim_seconds": Metric("How long claims took that brought jobs, however many.", (), OF_STATEMENTS),
+    "claim_seconds": Metric("How long claims took that brought jobs, with the wait for their turn.", (), OF_STATEMENTS),
     "settle_seconds": Metric("How long it took to write the outcomes of a group of jobs.", (), OF_STATEMENTS),
     "http_request_seconds": Metric(
         "Time to answer a request, up to the first byte of the answer.", ("route", "method", "status"), OF_STATEMENTS

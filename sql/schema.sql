@@ -312,14 +312,16 @@ end $$;
 
 -- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
--- lost, or reported dead while it waited for its turn. A place begins where the last claim ended (see claims.py), because dead index entries before it may be many while an old snapshot is
--- held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says that it was not its turn. With `ahead_of` jobs that are
--- more urgent than this come alone, if there are any: a large claim takes as long as all its jobs do, and they need not wait for the others.
--- Which jobs comes first, by itself, so that the update goes by the primary key, and is spared when there are none.
+-- lost, or reported dead while it waited for its turn. A place begins where the last claim ended (see claims.py), because dead index entries
+-- before it may be many while an old snapshot is held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says
+-- that it was not its turn. With `ahead_of` jobs that are more urgent than this come alone, if there are any: a large claim takes as long
+-- as all its jobs do, and they need not wait for the others. Which jobs comes first, by itself, so that the update goes by the primary key,
+-- and is spared when there are none.
 --
--- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission) takes it
--- there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is PENDING again, and runs once more. The step of the claim
--- number is random, so that the claim which was forgotten and the next one differ, and only the next one's outcome counts.
+-- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission)
+-- takes it there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is
+-- PENDING again, and runs once more. The step of the claim number is random, so that the claim which was forgotten and the next one differ,
+-- and only the next one's outcome counts.
 --
 -- It names its columns: a `setof jobs` that waits while a migration adds a column to `jobs` fails, having promised the row as it was. They come as the
 -- worker reads them, so that nothing is left to the statement that calls this, which is read and planned each time.
