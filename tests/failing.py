@@ -180,7 +180,7 @@ def inspect(payload: Payload, job: Job) -> dict[str, Any]:
         "running": sorted({each.message_id for each in presence.running} - {job.id}),
         "expected": len(presence.work.expected),
         "unwritten": len(presence.settlements),
-        "connections": presence._database._turns._value,
+        "connections": presence._database.size - presence._database._turns._value,
         "suspect": presence.suspect,
         "threads": Counter(name for thread in threading.enumerate() if (name := type(thread).__name__) not in ("Thread", "_MainThread")),
     }
