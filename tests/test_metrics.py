@@ -82,7 +82,7 @@ def test_what_workers_and_web_servers_measured_comes_from_any_web_server(
         assert found[f'jobsys_job_run_seconds_count{{outcome="interrupted",{of_type}}}'] == 1
         assert found["jobsys_claim_seconds_count"] >= 1 and found["jobsys_settle_seconds_count"] >= 1
         assert found['jobsys_workers{state="alive"}'] == 2 and found["jobsys_worker_threads"] == 8
-        assert found['jobsys_pool_size{pool="jobsys worker",process="worker"}'] == 6
+        assert found['jobsys_pool_size{pool="jobsys worker",process="worker"}'] == 8
         assert found['jobsys_pool_size{pool="jobsys",process="web"}'] == 16
         return found
 
