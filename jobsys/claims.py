@@ -267,10 +267,13 @@ class Claims:
         ahead_of = self.above if room > self.work.threads and queue_name not in self._overtaken else None
         jobs, all_found = self._claim_fitting(looks, room, ahead_of)
         overtaken = ahead_of is not None and bool(jobs) and not all_found and all(job.priority < ahead_of for job in jobs)
-        (self._overtaken.add if overtaken else self._overtaken.discard)(queue_name)
-        if not all_found and not full and not overtaken:
+        if overtaken:
+            self._overtaken.add(queue_name)
+            return jobs
+        self._overtaken.discard(queue_name)
+        if not all_found and not full:
             self._look_from_start_at[queue_name] = 0.0
-        elif from_start and not overtaken:
+        elif from_start:
             self._look_from_start_at[queue_name] = now + min(max(AHEAD, 20 * (time.monotonic() - now)), LONGEST_AHEAD)
         return jobs
 

@@ -15,6 +15,7 @@ from jobsys import db
 from jobsys.system import JobSystem, Submission
 
 COMMITS = "select xact_commit from pg_stat_database where datname = current_database()"
+SESSIONS_OF_WORKERS = "select count(*) from pg_stat_activity where datname = current_database() and application_name like 'jobsys %'"
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ def test_a_backlog_is_drained_by_few_commits(system: JobSystem, start_worker: Ca
     worker = start_worker(LOG_LEVEL="WARNING")
     eventually(lambda: system.counts()["COMPLETED"] == jobs, timeout=60, interval=0.5)
     assert worker.stop() == 0
+    eventually(lambda: execute(database_url, SESSIONS_OF_WORKERS) == [(0,)])
     # Claims of some hundreds, outcomes in groups; and what the process says and looks for five times a second.
     assert commits(database_url) - before < jobs / 10
 
@@ -81,5 +83,6 @@ def test_a_post_is_one_commit(system: JobSystem, start_web: Callable[..., Runnin
         with urllib.request.urlopen(request, timeout=10) as response:
             assert response.status == 202
     assert web.stop() == 0
+    eventually(lambda: commits(database_url) - before >= 300)
     assert commits(database_url) - before < 1.2 * 300
     assert system.counts()["PENDING"] == 300

@@ -10,7 +10,7 @@ import psutil
 
 from jobsys.system import JobSystem
 from tests.benchmarks import floor, peers
-from tests.benchmarks.harness import THREADS, Bench, alternate, drain_rate, execute, fill, vacuum, wait_for_completed, wait_until
+from tests.benchmarks.harness import THREADS, Bench, alternate, drain_rate, execute, fill, vacuum, wait_until
 from tests.benchmarks.peers import Peer
 from tests.benchmarks.result import Result
 
@@ -31,46 +31,38 @@ def measure(bench: Bench) -> Result:
     tuning = {peer.name: peer.tuning for peer in others}
     slow = [name for name, backlog in backlogs.items() if backlog < jobs]
     runs = alternate(contenders, bench.runs, slow=slow)
-    counting = alternate({"with": partial(uncounted, bench, jobs, False), "without": partial(uncounted, bench, jobs, True)}, bench.runs)
+    counting = alternate({"with": partial(ours, bench, jobs), "without": partial(ours, bench, jobs, counted=False)}, bench.runs)
     share = median(counted / free for counted, free in zip(*counting.values(), strict=True))
     details = {"share_with_counters": share, "cpu_of_a_job": cpu_of_a_job(bench, jobs), "tuning": tuning}
     return Result.of_runs(UNIT, runs, backlog={"jobsys": jobs, **backlogs}, threads=THREADS, **details)
 
 
-def ours(bench: Bench, jobs: int) -> float:
-    """Through `jobsys worker`."""
+def ours(bench: Bench, jobs: int, *, counted: bool = True) -> float:
+    """Through `jobsys worker`; on demand without any counters and notifications."""
     with bench.system() as system:
+        if not counted:
+            execute(str(system.settings.database_url), COUNT_NOTHING)
         fill(system, jobs)
         vacuum(system)
         with bench.workers(system):
-            wait_for_completed(system, jobs)
-        return drain_rate(system)
-
-
-def uncounted(bench: Bench, jobs: int, really: bool) -> float:
-    """The same, and really without any counters and notifications, or with them."""
-    with bench.system() as system:
-        url = str(system.settings.database_url)
-        if really:
-            execute(url, COUNT_NOTHING)
-        fill(system, jobs)
-        vacuum(system)
-        with bench.workers(system):
-            wait_until(lambda: not execute(url, UNFINISHED)[0][0], "the backlog is drained", timeout=600)
+            _wait_until_drained(system)
         return drain_rate(system)
 
 
 def cpu_of_a_job(bench: Bench, jobs: int) -> dict[str, float]:
     """In microseconds: of the worker processes, and of PostgreSQL's sessions with them, where the server is one of this machine."""
     with bench.system() as system, bench.workers(system) as pid:
-        url = str(system.settings.database_url)
         fill(system, jobs // 5)
-        wait_for_completed(system, jobs // 5)
+        _wait_until_drained(system)
         before = _cpu(system, pid)
         fill(system, jobs)
-        wait_until(lambda: not execute(url, UNFINISHED)[0][0], "the backlog is drained", timeout=600)
+        _wait_until_drained(system)
         after = _cpu(system, pid)
     return {name: (after[name] - before[name]) / jobs * 1e6 for name in after}
+
+
+def _wait_until_drained(system: JobSystem) -> None:
+    wait_until(lambda: not execute(str(system.settings.database_url), UNFINISHED)[0][0], "the backlog is drained", timeout=600)
 
 
 def _cpu(system: JobSystem, pid: int) -> dict[str, float]:
