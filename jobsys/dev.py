@@ -176,12 +176,14 @@ class Processes:
         if name not in self._running:
             return
         process, reader = self._running.pop(name)
+        times = self._stop.times  # before it is said: whoever reads it may be quick
         if process.poll() is None:
             self.say(f"stopping {name} (at most {grace:g} s; Ctrl-C again hurries)")
         for patience in (grace, 5.0):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-                self._await_end(process, patience)
+                self._await_end(process, patience, times)
+                times = self._stop.times
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -191,8 +193,8 @@ class Processes:
         """Print lines of our own."""
         self._print("dev" if prefix else "", text, "1")
 
-    def _await_end(self, process: subprocess.Popen[bytes], patience: float) -> None:
-        deadline, times = time.monotonic() + patience, self._stop.times
+    def _await_end(self, process: subprocess.Popen[bytes], patience: float, times: int) -> None:
+        deadline = time.monotonic() + patience
         while process.poll() is None and time.monotonic() < deadline and self._stop.times == times:
             time.sleep(0.05)
 
