@@ -13,12 +13,15 @@ import os
 import re
 import select
 import socket
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
 from typing import Any
 
 import psycopg2
@@ -78,7 +81,10 @@ class Database:
         self.size = size
         self.waits: deque[float] = deque(maxlen=10_000)
         """Seconds that threads waited for a free connection, where none was, since somebody last took them from here."""
-        self._turns = threading.BoundedSemaphore(size)
+        self._turns: SimpleQueue[None] = SimpleQueue()
+        """One for each connection that may yet be in use."""
+        for _ in range(size):
+            self._turns.put(None)
         self._idle: list[Any] = []
         self._in_use: dict[Any, float] = {}
         self._watch: threading.Thread | None = None
@@ -102,27 +108,10 @@ class Database:
         extras.register_default_jsonb(connection, loads=_read_json)
         return connection
 
-    @contextmanager
-    def connection(self, *, patience: float | None = None) -> Iterator[Any]:
-        """A connection of the pool, for the time of the block; waits for one up to `wait` seconds. A broken one is closed, not returned."""
-        # A job's function may use a pool, and be stopped meanwhile: not in here, where locks are held.
-        with undisturbed():
-            self._wait_for_turn()
-            connection = None
-            try:
-                connection = self._take()
-                self._in_use[connection] = math.inf if self._patience is None else time.monotonic() + (patience or self._patience)
-                if self._patience is not None:
-                    self._start_watch()
-                with translated():
-                    yield connection
-            finally:
-                self._in_use.pop(connection, None)
-                if connection is not None and _usable(connection):
-                    self._idle.append(connection)
-                elif connection is not None:
-                    _close(connection)
-                self._turns.release()
+    def connection(self, *, patience: float | None = None) -> InUse:
+        """A connection of the pool, for the time of a `with` block; waits for one up to `wait` seconds. A broken one is closed, not
+        returned. What psycopg2 raises in the block leaves it as `translated` says."""
+        return InUse(self, patience)
 
     def run(self, name: str, /, **parameters: Any) -> list[Row]:
         """Run one named statement in a transaction of its own; the rows it returns."""
@@ -163,14 +152,40 @@ class Database:
         """How many are open and wait for use."""
         return len(self._idle)
 
+    def _begin_use(self, patience: float | None) -> Any:
+        self._wait_for_turn()
+        connection = None
+        try:
+            connection = self._take()
+            self._in_use[connection] = math.inf if self._patience is None else time.monotonic() + (patience or self._patience)
+            if self._patience is not None:
+                self._start_watch()
+        except BaseException:
+            self._end_use(connection)
+            raise
+        return connection
+
+    def _end_use(self, connection: Any) -> None:
+        try:
+            if self._in_use.pop(connection, None) is not None and _usable(connection):
+                self._idle.append(connection)
+            elif connection is not None:
+                _close(connection)
+        finally:
+            self._turns.put(None)
+
     def _wait_for_turn(self) -> None:
-        if self._turns.acquire(blocking=False):
+        try:
+            self._turns.get_nowait()
             return
-        began = time.monotonic()
-        came = self._turns.acquire(timeout=self.wait)
-        self.waits.append(time.monotonic() - began)
-        if not came:
-            raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s")
+        except Empty:
+            began = time.monotonic()
+        try:
+            self._turns.get(timeout=self.wait)
+        except Empty:
+            raise DatabaseUnavailable(f"no database connection came free within {self.wait:g} s") from None
+        finally:
+            self.waits.append(time.monotonic() - began)
 
     def _start_watch(self) -> None:
         if self._watch is None or not self._watch.is_alive():
@@ -194,6 +209,36 @@ class Database:
                 return connection
             _close(connection)
         return self.connect()
+
+
+class InUse:
+    """A pool's connection in a `with` block. A class, because every statement pays for it: as generators, one in another, it took more
+    than twice as long."""
+
+    __slots__ = ("_connection", "_database", "_patience", "_undisturbed")
+
+    def __init__(self, database: Database, patience: float | None) -> None:
+        self._database = database
+        self._patience = patience
+
+    def __enter__(self) -> Any:
+        # A job's function may use a pool, and be stopped meanwhile: not in here, where locks are held.
+        self._undisturbed = undisturbed()
+        self._undisturbed.__enter__()
+        try:
+            self._connection = self._database._begin_use(self._patience)
+        except BaseException:
+            self._undisturbed.__exit__(*sys.exc_info())
+            raise
+        return self._connection
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None) -> None:
+        try:
+            self._database._end_use(self._connection)
+        finally:
+            self._undisturbed.__exit__(kind, error, frames)
+        if error is not None:
+            _translate(error)
 
 
 def run(connection: Any, name: str, /, **parameters: Any) -> list[Row]:
@@ -260,11 +305,17 @@ def translated() -> Iterator[None]:
     InterfaceError, too."""
     try:
         yield
-    except NEVER_WORTH_REPEATING:
+    except psycopg2.Error as error:
+        _translate(error)
         raise
-    except (psycopg2.OperationalError, psycopg2.InterfaceError, pg_errors.ReadOnlySqlTransaction) as error:
+
+
+def _translate(error: BaseException) -> None:
+    if isinstance(error, NEVER_WORTH_REPEATING):
+        return
+    if isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError, pg_errors.ReadOnlySqlTransaction)):
         raise DatabaseUnavailable(mask(_first_line(error))) from error
-    except (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction) as error:
+    if isinstance(error, (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction)):
         raise NotMigrated from error
 
 

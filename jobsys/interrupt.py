@@ -15,6 +15,7 @@ from typing import Any
 
 _set_async_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _here = threading.local()
+_as_it_is = contextlib.nullcontext()
 
 
 class Interruptible:
@@ -88,4 +89,4 @@ class Interruptible:
 def undisturbed() -> contextlib.AbstractContextManager[None]:
     """A block into which nothing is thrown, wherever the thread is: around locks and connections."""
     call: Interruptible | None = getattr(_here, "call", None)
-    return contextlib.nullcontext() if call is None or not call._inside else call._undisturbed()
+    return _as_it_is if call is None or not call._inside else call._undisturbed()

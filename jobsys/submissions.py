@@ -51,6 +51,8 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
     if not jobs:
         return []
     if all(job.plain for job in jobs):
+        if len(jobs) == 1:
+            return db.run(connection, "submit_one", **jobs[0]._asdict())
         with connection.cursor() as cursor:
             # Value by value: psycopg2 takes half as long again to write rows that are tuples.
             cursor.execute(_submit(len(jobs)), [value for job in jobs for value in (*job[:7], job.group_id)])
@@ -147,21 +149,24 @@ class Submissions:
             # A key may have to wait for somebody's open transaction: alone.
             with self._database.connection() as connection:
                 return insert_one(connection, job)
-        turn = _Awaited(job)
         # A job's function may submit, and be stopped meanwhile: not in here, where others wait.
         with undisturbed():
+            turn = None
             with self._lock:
-                alone = not self._inserting
-                self._inserting = True
-                if not alone:
+                if self._inserting:
+                    turn = _Awaited(job)
                     self._waiting.append(turn)
-            if alone:
+                self._inserting = True
+            if turn is None:
                 try:
-                    self._insert([turn])
+                    with self._database.connection() as connection:
+                        row = insert_one(connection, job)
                 finally:
                     self._go_on()
-            else:
-                self._await(turn)
+                if row is None or row[0] != job.id:
+                    raise _not_kept()
+                return row
+            self._await(turn)
         if turn.error is not None:
             raise turn.error
         return turn.row
@@ -252,7 +257,11 @@ class Submissions:
         else:
             for turn in group:
                 turn.row = rows.get(turn.job.id)
-                turn.error = None if turn.row else DatabaseUnavailable("PostgreSQL has kept no row of the job; a trigger's doing?")
+                turn.error = None if turn.row else _not_kept()
+
+
+def _not_kept() -> DatabaseUnavailable:
+    return DatabaseUnavailable("PostgreSQL has kept no row of the job; a trigger's doing?")
 
 
 class _Turn:

@@ -728,8 +728,8 @@ def _new_record(job: Submitted, status: str, run_at: datetime, created_at: datet
         type=job.type,
         queue=job.queue,
         priority=job.priority,
-        payload=json.loads(job.payload),
-        options=json.loads(job.options),
+        payload=_read(job.payload),
+        options=_read(job.options),
         status=status,
         attempt=0,
         max_attempts=job.max_attempts,
@@ -745,6 +745,10 @@ def _new_record(job: Submitted, status: str, run_at: datetime, created_at: datet
         idempotency_key=job.idempotency_key,
         stop_requested=False,
     )
+
+
+def _read(text: str) -> Any:
+    return {} if text == "{}" else json.loads(text)
 
 
 def _utc(moment: datetime) -> datetime:

@@ -278,6 +278,8 @@ from (
     select queue, type, status, entered, departed from tallies
     union all
     select queue, type, status, entered, departed from tally_log
+    union all
+    select queue, type, 'CREATED', created, 0 from tally_log where created > 0
 ) as moves
 group by queue, type, status;
 

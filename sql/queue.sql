@@ -1,8 +1,14 @@
 -- The broker's statements. Each begins with `-- name: …` and ends with the next name; %(x)s are psycopg2's bound parameters.
 -- What a worker writes names the id and the claim it holds, and returns the ids it changed: an id that is missing was lost.
 
+-- name: submit_one
+-- One job that is due now and has no key.
+select * from submit_job(
+    %(id)s, %(type)s, %(queue)s, %(priority)s::smallint, %(payload)s, %(options)s, %(max_attempts)s, %(group_id)s
+);
+
 -- name: submit
--- Jobs that are due now and have no key, a row for each. What it leaves out has defaults: a shorter statement, because reading and
+-- Some jobs that are due now and have no key, a row for each. What it leaves out has defaults: a shorter statement, because reading and
 -- planning it is a good part of its cost. (By arrays, as in submit_many, four jobs cost PostgreSQL three quarters more.)
 insert into jobs (id, type, queue, priority, payload, options, max_attempts, group_id)
 values {rows}
@@ -427,7 +433,14 @@ with moved as (
     delete from tally_log where ctid = any(array(select ctid from tally_log limit 10000 for update skip locked))
     returning *
 ), summed as (
-    select queue, type, status, sum(entered) as entered, sum(departed) as departed from moved group by queue, type, status order by 1, 2, 3
+    select queue, type, status, sum(entered) as entered, sum(departed) as departed
+    from (
+        select queue, type, status, entered, departed from moved
+        union all
+        select queue, type, 'CREATED', created, 0 from moved where created > 0
+    ) as moves
+    group by queue, type, status
+    order by queue, type, status
 )
 insert into tallies as total (queue, type, status, entered, departed)
 select queue, type, status, entered, departed from summed

@@ -180,7 +180,7 @@ def inspect(payload: Payload, job: Job) -> dict[str, Any]:
         "running": sorted({each.message_id for each in presence.running} - {job.id}),
         "expected": len(presence.work.expected),
         "unwritten": len(presence.settlements),
-        "connections": presence._database.size - presence._database._turns._value,
+        "connections": presence._database.size - presence._database._turns.qsize(),
         "suspect": presence.suspect,
         "threads": Counter(name for thread in threading.enumerate() if (name := type(thread).__name__) not in ("Thread", "_MainThread")),
     }
@@ -189,9 +189,19 @@ def inspect(payload: Payload, job: Job) -> dict[str, Any]:
 @dramatiq.actor(queue_name="plain", max_retries=3)
 def note_down(*before: str, ledger: str, label: str) -> str:
     """A plain actor, for pipelines."""
+    _note_both(ledger, label)
+    return label
+
+
+@dramatiq.actor(queue_name="plain", max_retries=3)
+def note_success(message: dict[str, Any], result: str) -> None:
+    """A callback."""
+    _note_both(message["kwargs"]["ledger"], f"after {result}")
+
+
+def _note_both(ledger: str, label: str) -> None:
     with Path(ledger).open("a") as file:
         file.write(f"start {label} 0 {os.getpid()} {time.time():.6f}\nend {label} 0 {os.getpid()} {time.time():.6f}\n")
-    return label
 
 
 @functools.cache

@@ -226,8 +226,10 @@ class Round:
         for n in range(3):
             submit("PACED", self.payload(self.expect(f"paced {n}", "COMPLETED")))
         self.crowd()
-        second = self.message("second")
-        system.broker.enqueue(self.message("first", pipe_target=second.asdict()))
+        second = self.message("second", on_success="note_success")
+        for after in ("after first", "after second"):  # their payloads name no ledger
+            self.expect(after, None)
+        system.broker.enqueue(self.message("first", pipe_target=second.asdict(), on_success="note_success"))
         self.plant.ask(
             """
             insert into workers values (%s, 'gone', 1, '', '{}', '{}', 1, default, '-infinity', '1s', '1s', 1, '-infinity')
@@ -274,7 +276,8 @@ class Round:
         said = [f"{label}: {logged[label]} lines instead of {n}" for label, n in SAID.items() if logged[label] < n and self.kind != "data"]
         # What PostgreSQL refuses is itself at fault: that is recorded, and nothing follows.
         refused = {label for label in found for *_, error in found[label] if self.kind == "data" and UNSTORABLE in (error or "")}
-        refused |= {"second"} if "first" in refused else set()
+        refused |= {"second", "after first"} if "first" in refused else set()
+        refused |= {"after second"} if "second" in refused else set()
         for label, (status, attempt, starts, ends) in self.expected.items():
             if label in refused:
                 continue
@@ -459,7 +462,7 @@ def test_a_submission_that_fails_is_answered_so_and_happened_at_most_once(web: W
     submit = ("POST", "/jobs", {"type": "TEST_JOB", "payload": {"n": 1}})
     few, many = ({"ids": list(range(1, n))} for n in (10, 1000))
     for statement, request, made in (
-        ("submit", submit, 1),
+        ("submit_one", submit, 1),
         ("submit", ("POST", "/api/ingest", few), 3),
         ("submit_many", ("POST", "/jobs", {"type": "TEST_JOB", "delay": 60}), 1),
         ("commit", ("POST", "/api/ingest", few), 3),
