@@ -221,8 +221,12 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     unfit = _check(worker)
     worker.start()
     presence = system.broker.attend(threads=settings.worker_threads)
+    look_at = time.monotonic()
     while not ends and not presence.must_end.is_set():
         time.sleep(TICK)
+        if time.monotonic() < look_at:
+            continue
+        look_at = time.monotonic() + SIGN_OF_LIFE
         if reason := unfit():
             log.error("this process is not fit to go on, and will be replaced", reason=reason)
             presence.must_end.set()

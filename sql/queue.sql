@@ -39,7 +39,17 @@ copy jobs (id, type, queue, priority, payload, options, max_attempts, group_id) 
 -- From free queues: schema.sql says what it promises.
 select * from claim_jobs(
     %(worker)s::uuid, %(types)s, %(queues)s, %(priorities)s::smallint[], %(from_run_at)s::timestamptz[], %(from_id)s::uuid[], %(n)s,
-    %(in_turn)s, %(ahead_of)s::smallint
+    %(turn)s, %(ahead_of)s::smallint
+);
+
+-- name: turn_hangs
+-- Has somebody had the turn of this queue's large claims for so long that something must be wrong? (Whose session may not be looked at may be, too.)
+select exists (
+    select from pg_locks join pg_stat_activity using (pid)
+    where locktype = 'advisory' and granted
+        and database = (select oid from pg_database where datname = current_database())
+        and classid = 'jobs'::regclass and objid = (hashtext(%(queue)s)::bigint & 4294967295)::oid and objsubid = 2
+        and coalesce(xact_start, case when state is null then '-infinity'::timestamptz end) < clock_timestamp() - %(seconds)s * interval '1 second'
 );
 
 -- name: look_at_gate

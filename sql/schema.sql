@@ -326,10 +326,15 @@ end $$;
 -- lock manager each row that these have locked; and where another has just claimed a row that this one still sees PENDING, it locks the
 -- version in which that one runs. Its outcome then waits for this claim, and so do other claims (following a row's versions, PostgreSQL waits for
 -- locks whatever `skip locked` says). With 32 processes on two cores that took half of the throughput.
--- Whether it is this transaction's turn, within five seconds. It has it until it ends.
-create function take_turn(queue text) returns boolean
-language plpgsql set lock_timeout = '5s' as $$
+--
+-- Whether it is this transaction's turn, which then lasts until it ends: at once, or within a moment for whoever may wait. So few wait at a time (see
+-- claims.py), and no lock is waited for long.
+create function take_turn(queue text, may_wait boolean) returns boolean
+language plpgsql set lock_timeout = '90ms' as $$
 begin
+    if not may_wait then
+        return pg_try_advisory_xact_lock('jobs'::regclass::oid::integer, hashtext(queue));
+    end if;
     perform pg_advisory_xact_lock('jobs'::regclass::oid::integer, hashtext(queue));
     return true;
 exception when lock_not_available then
@@ -339,8 +344,8 @@ end $$;
 -- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
 -- lost, or reported dead while it waited for its turn. A place begins where the last claim ended (see claims.py), because dead index entries
--- before it may be many while an old snapshot is held. With `in_turn` a claim of one queue waits for those of others; a row of nulls says
--- that it was not its turn. With `ahead_of` jobs that are more urgent than this come alone, if there are any: a large claim takes as long
+-- before it may be many while an old snapshot is held. With `turn` a claim of one queue is made only when it is its turn, for which it may
+-- `wait` or only `try`; a row of nulls says that it was not. With `ahead_of` jobs that are more urgent than this come alone, if there are any: a large claim takes as long
 -- as all its jobs do, and they need not wait for the others. Which jobs comes first, by itself, so that the update goes by the primary key,
 -- and is spared when there are none.
 --
@@ -353,7 +358,7 @@ end $$;
 -- worker reads them, so that nothing is left to the statement that calls this, which is read and planned each time.
 create function claim_jobs(
     worker_id uuid, known_types text[], queue_names text[], priorities smallint[], from_run_at timestamptz[], from_id uuid[], most integer,
-    in_turn boolean, ahead_of smallint
+    turn text, ahead_of smallint
 ) returns table (
     id text, type text, priority smallint, payload text, options text, attempt integer, claim bigint, max_attempts integer, run_at text,
     age bigint, crashes integer, queue text, late float8
@@ -366,7 +371,7 @@ declare
     found_ids uuid[];
     least_urgent integer;
 begin
-    if in_turn and not take_turn(queue_names[1]) then
+    if turn is not null and not take_turn(queue_names[1], turn = 'wait') then
         return next;
         return;
     end if;

@@ -87,31 +87,66 @@ def test_many_are_claimed_after_the_more_urgent_ones_of_which_a_trickle_holds_up
     assert taken() == many and taken() == waiting[-1:]
 
 
-def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
-    system: JobSystem, claims: Claims, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    execute(database_url, "alter function take_turn set lock_timeout = '100ms'")
-    ids = system.submit_many(Submission("TEST_JOB") for _ in range(4 * THREADS))
+@pytest.fixture
+def asked(system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """`claims` asks for more jobs than it has threads. What each claim did for its turn, and what else was said or looked for."""
+    asked: list[str | None] = []
+    run = system.database.run
+
+    def recorded(name: str, **given: Any) -> list[db.Row]:
+        asked.append(given["turn"] if name == "claim" else name)
+        return run(name, **given)
+
     claims.work.threads = 2
     monkeypatch.setattr(claims, "_room", lambda: THREADS)
+    claims._known_priorities("default", time.monotonic())
+    claims._limits_read_at = time.monotonic()
+    monkeypatch.setattr(system.database, "run", recorded)
+    return asked
+
+
+def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, asked: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobsys.claims.HANGING", 0.3)
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(4 * THREADS))
     with contextlib.closing(psycopg2.connect(database_url)) as hanging:
-        db.run(hanging, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"in_turn": True}, n=THREADS)
-        asked: list[bool] = []
-        run = system.database.run
-        monkeypatch.setattr(
-            system.database,
-            "run",
-            lambda name, **given: (asked.append(given["in_turn"]) if name == "claim" else None, run(name, **given))[1],
-        )
-        assert [job.message_id for job in claims.take("default", 1)] == ids[THREADS : 2 * THREADS]
+        db.run(hanging, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"turn": "wait"}, n=THREADS)
+        assert [job.message_id for job in claims.take("default", 5)] == ids[THREADS : 2 * THREADS]
         claims.work.expected.clear()
         assert [job.message_id for job in claims.take("default", 1)] == ids[2 * THREADS : 3 * THREADS]
-        assert asked == [True, False, False]
+        assert asked[:2] == ["wait", "try"] and [each for each in asked[2:] if each not in ("try", "be_busy")] == ["turn_hangs", None, None]
+    asked.clear()
     claims._no_turn_until = 0.0
     claims.work.expected.clear()
     claims._look_from_start_at["default"] = 0.0
     assert [job.message_id for job in claims.take("default", 1)] == ids[:THREADS]
-    assert asked[3:] == [True]
+    assert asked == ["wait"]
+
+
+def test_who_does_not_get_its_turn_stands_by(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, asked: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = system.submit_many(Submission("TEST_JOB") for _ in range(2 * THREADS))
+    with contextlib.closing(psycopg2.connect(database_url)) as others:
+        db.run(others, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"turn": "wait"}, n=THREADS)
+        assert claims.take("default", 0.3) == []
+        monkeypatch.setattr(claims, "_room", lambda: 1)
+        assert claims.take("default", 0.1) == []
+        assert asked[:2] == ["wait", "try"] and set(asked[2:]) == {"try"}, "no small claims instead, and nobody is told that it sleeps"
+        urgent = system.submit("TEST_JOB", priority="high").id
+        assert [job.message_id for job in claims.claim_urgent()] == [urgent]
+        claims.work.expected.clear()
+        assert system.database.run("turn_hangs", queue="default", seconds=60) == [(False,)]
+        assert system.database.run("turn_hangs", queue="default", seconds=0.1) == [(True,)]
+        assert system.database.run("turn_hangs", queue="ingestion", seconds=0.1) == [(False,)]
+        others.commit()
+    monkeypatch.setattr(claims, "_room", lambda: THREADS)
+    asked.clear()
+    assert [job.message_id for job in claims.take("default", 1)] == ids[THREADS:]
+    claims.work.expected.clear()
+    assert claims.take("default", 0.5) == []
+    assert asked[0] == "try" and asked.count("wait") > 0 and asked.count("sleep") == 1
 
 
 def test_a_claim_that_waits_for_its_turn_holds_up_no_other_queue(
@@ -123,7 +158,8 @@ def test_a_claim_that_waits_for_its_turn_holds_up_no_other_queue(
     monkeypatch.setattr(claims, "_room", lambda: THREADS)
     waiting: list[RunningJob] = []
     with contextlib.closing(psycopg2.connect(database_url)) as other:
-        db.run(other, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"in_turn": True}, n=THREADS)
+        execute(database_url, "alter function take_turn set lock_timeout = '5s'")
+        db.run(other, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"turn": "wait"}, n=THREADS)
         taking = threading.Thread(target=lambda: waiting.extend(claims.take("default", 10)))
         taking.start()
         eventually(lambda: execute(database_url, "select pid from pg_stat_activity where wait_event = 'advisory'"))

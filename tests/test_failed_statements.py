@@ -363,6 +363,16 @@ def lock_a_job(round: Round) -> None:
     threading.Timer(5, holder.close).start()
 
 
+def keep_the_turn(round: Round) -> None:
+    """Somebody's large claim hangs, until the worker has looked whether one does."""
+    with contextlib.closing(psycopg2.connect(round.plant.url)) as hanging:
+        hanging.cursor().execute("select take_turn('default', true)")
+        deadline = time.monotonic() + 20
+        while not round.plant.struck and time.monotonic() < deadline:
+            round.crowd()
+            time.sleep(0.5)
+
+
 def end(round: Round, how: signal.Signals, starts: int) -> None:
     """End the worker process while a job runs."""
     eventually(lambda: not round.complaints(), timeout=20)
@@ -380,8 +390,9 @@ PROVOKED: dict[str, tuple[Callable[[Plant], None] | None, Callable[[Round], None
     "forget_pools": (None, restart),
     "free": (None, lock_a_job),
     "report_death": (None, kill),
+    "turn_hangs": (None, keep_the_turn),
 }
-"""What makes a worker run the statements that it runs only when it comes or goes."""
+"""What makes a worker run the statements that it runs only now and then."""
 
 
 def chosen(statement: str) -> list[tuple[str, str]]:

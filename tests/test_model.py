@@ -239,7 +239,7 @@ class Machine(RuleBasedStateMachine):
             from_run_at=[BEGINNING[0]] * len(places),
             from_id=[BEGINNING[1]] * len(places),
             n=n,
-            in_turn=n > 1,
+            turn="wait" if n > 1 else None,
             ahead_of=ahead_of,
         )
         self.take(rows, worker, expected[:n] if self.may_claim(worker) else [])

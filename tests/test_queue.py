@@ -22,7 +22,7 @@ from jobsys.system import JobSystem, Submission
 
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 PLACES = {"queues": ["default"] * 3, "priorities": [-10, 0, 10], "from_run_at": [BEGINNING[0]] * 3, "from_id": [BEGINNING[1]] * 3}
-LOOK = {**PLACES, "in_turn": False, "ahead_of": None}
+LOOK = {**PLACES, "turn": None, "ahead_of": None}
 
 
 class Worker:
@@ -589,12 +589,13 @@ def test_large_claims_of_a_queue_take_turns_and_others_do_not_wait_for_them(syst
         ThreadPoolExecutor(1) as threads,
     ):
         execute(database_url, "alter function take_turn set lock_timeout = '1s'")
-        claimed = db.run(first, "claim", **where | {"in_turn": True}, n=3)
+        claimed = db.run(first, "claim", **where | {"turn": "wait"}, n=3)
         assert {row[0] for row in claimed} == set(ids[:3])
-        assert [row[0] for row in db.run(second, "claim", **where | {"in_turn": True}, n=3)] == [None], "it is not its turn yet"
+        for turn in ("wait", "try"):
+            assert [row[0] for row in db.run(second, "claim", **where | {"turn": turn}, n=3)] == [None], "it is not its turn yet"
         assert [row[0] for row in system.database.run("claim", **where, n=1)] == ids[3:4], "one that asks for none goes on"
-        assert system.database.run("claim", **where | {"queues": ["another"] * 3, "in_turn": True}, n=3) == []
-        late = threads.submit(db.run, second, "claim", **where | {"in_turn": True}, n=3)
+        assert system.database.run("claim", **where | {"queues": ["another"] * 3, "turn": "wait"}, n=3) == []
+        late = threads.submit(db.run, second, "claim", **where | {"turn": "wait"}, n=3)
         waits = "select count(*) from pg_stat_activity where wait_event = 'advisory'"
         eventually(lambda: late.done() or execute(database_url, waits) == [(1,)], interval=0.001)
         first.commit()
@@ -607,7 +608,8 @@ def test_a_worker_that_dies_while_it_waits_for_its_turn_claims_nothing(system: J
     """PostgreSQL does not notice that a client is gone while its statement waits for a lock."""
     ids = system.submit_many(Submission("TEST_JOB") for _ in range(3))
     dying = Worker(system.database, pid=2)
-    where = {"types": ["TEST_JOB"], **LOOK, "in_turn": True, "n": 2}
+    where = {"types": ["TEST_JOB"], **LOOK, "turn": "wait", "n": 2}
+    execute(database_url, "alter function take_turn set lock_timeout = '5s'")
     with contextlib.closing(psycopg2.connect(database_url)) as first, ThreadPoolExecutor(1) as threads:
         db.run(first, "claim", worker=worker.id, **where)
         late = threads.submit(system.database.run, "claim", worker=dying.id, **where)

@@ -85,7 +85,7 @@ def _claim(system: JobSystem) -> int:
         "from_run_at": [BEGINNING[0]] * len(priorities),
         "from_id": [BEGINNING[1]] * len(priorities),
         "n": CLAIMED,
-        "in_turn": True,
+        "turn": "wait",
         "ahead_of": None,
     }
     url = str(system.settings.database_url)
