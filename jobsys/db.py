@@ -119,12 +119,16 @@ class Database:
             return run(connection, name, **parameters)
 
     @contextmanager
-    def transaction(self, *, lock_timeout: str | None = None, patience: float = LONGEST_TRANSACTION) -> Iterator[Any]:
+    def transaction(self, *, lock_timeout: str | None = None, patience: float = LONGEST_TRANSACTION, durable: bool = True) -> Iterator[Any]:
         """A connection inside a transaction: committed when the block ends, rolled back when it raises. It waits for no lock longer than
-        `lock_timeout`."""
+        `lock_timeout`, and for the disk only when it must be `durable`: else a crash of PostgreSQL may undo it as a whole."""
         with self.connection(patience=patience) as connection, connection:
             with connection.cursor() as cursor:
-                bounds = {"idle_in_transaction_session_timeout": f"{LONGEST_IDLE:g}s", "lock_timeout": lock_timeout}
+                bounds = {
+                    "idle_in_transaction_session_timeout": f"{LONGEST_IDLE:g}s",
+                    "lock_timeout": lock_timeout,
+                    "synchronous_commit": None if durable else "off",
+                }
                 cursor.execute("; ".join(f"set local {name} = '{value}'" for name, value in bounds.items() if value is not None))
             yield connection
 

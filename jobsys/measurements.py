@@ -133,8 +133,8 @@ class Recorder:
         told = {"process": self._process, "kind": self._kind, "good_for": GOOD_FOR * self.every}
         taken = self.measurements.take()
         try:
-            # Who waits here has jobs to promote and to rescue.
-            with database.transaction(lock_timeout="200ms", patience=PATIENCE) as connection:
+            # Who waits here has jobs to promote and to rescue. All add to the same rows, which are not held until the disk has answered.
+            with database.transaction(lock_timeout="200ms", patience=PATIENCE, durable=False) as connection:
                 if taken:
                     db.run(connection, "add_measurements", **_columns(taken))
                 db.run(connection, "tell_pools", **told, name=name, size=size, in_use=in_use, idle=idle)

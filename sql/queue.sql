@@ -267,9 +267,15 @@ values (
 );
 
 -- name: declare_types
+-- What is there already is not locked: many processes may start at once.
 insert into job_types (name, queue, priority, max_attempts)
 select * from unnest(%(name)s::text[], %(queue)s::text[], %(priority)s::smallint[], %(max_attempts)s::integer[])
     as declared(name, queue, priority, max_attempts)
+where not exists (
+    select from job_types as known
+    where known.name = declared.name
+        and (known.queue, known.priority, known.max_attempts) is not distinct from (declared.queue, declared.priority, declared.max_attempts)
+)
 order by name
 on conflict (name) do update
 set queue = excluded.queue, priority = excluded.priority, max_attempts = excluded.max_attempts
@@ -498,8 +504,17 @@ where client = any(array(select client from rate_limits where ends_at < clock_ti
 returning 1;
 
 -- name: set_limits
+-- Where they are so already nothing is locked, as above.
 insert into queues (name, rate_count, rate_period, max_running)
-values (%(queue)s, %(rate_count)s, %(rate_period)s * interval '1 second', %(max_running)s)
+select wanted.*
+from (select %(queue)s::text, %(rate_count)s::integer, %(rate_period)s * interval '1 second', %(max_running)s::integer)
+    as wanted(name, rate_count, rate_period, max_running)
+where not exists (
+    select from queues as known
+    where known.name = wanted.name
+        and (known.rate_count, known.rate_period, known.max_running)
+            is not distinct from (wanted.rate_count, wanted.rate_period, wanted.max_running)
+)
 on conflict (name) do update
 set rate_count = excluded.rate_count, rate_period = excluded.rate_period, max_running = excluded.max_running
 where (queues.rate_count, queues.rate_period, queues.max_running)
