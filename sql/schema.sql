@@ -327,8 +327,8 @@ end $$;
 -- version in which that one runs. Its outcome then waits for this claim, and so do other claims (following a row's versions, PostgreSQL waits for
 -- locks whatever `skip locked` says). With 32 processes on two cores that took half of the throughput.
 --
--- Whether it is this transaction's turn, which then lasts until it ends: at once, or within a moment for whoever may wait. So few wait at a time (see
--- claims.py), and no lock is waited for long.
+-- Whether it is this transaction's turn, which then lasts until it ends: at once, or within a moment for whoever may wait. So few wait at a
+-- time (see claims.py), and none for long.
 create function take_turn(queue text, may_wait boolean) returns boolean
 language plpgsql set lock_timeout = '90ms' as $$
 begin
@@ -345,9 +345,9 @@ end $$;
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
 -- lost, or reported dead while it waited for its turn. A place begins where the last claim ended (see claims.py), because dead index entries
 -- before it may be many while an old snapshot is held. With `turn` a claim of one queue is made only when it is its turn, for which it may
--- `wait` or only `try`; a row of nulls says that it was not. With `ahead_of` jobs that are more urgent than this come alone, if there are any: a large claim takes as long
--- as all its jobs do, and they need not wait for the others. Which jobs comes first, by itself, so that the update goes by the primary key,
--- and is spared when there are none.
+-- `wait` or only `try`; a row of nulls says that it was not. With `ahead_of` jobs that are more urgent than this come alone, if there are
+-- any: a large claim takes as long as all its jobs do, and they need not wait for the others. Which jobs comes first, by itself, so that the
+-- update goes by the primary key, and is spared when there are none.
 --
 -- A claim is not waited for until it is on disk, and the job starts the sooner: whatever is committed later (its outcome, any submission)
 -- takes it there, and PostgreSQL by itself within three times its wal_writer_delay, 0.6 s. Should PostgreSQL crash before, the job is
