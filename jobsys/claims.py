@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from operator import itemgetter
+from typing import NamedTuple
 
 import psycopg2
 
@@ -30,10 +31,12 @@ LONGEST_AHEAD = 2.0
 """Seconds within which a queue is looked at from its start again: somebody may have committed late, or given jobs back."""
 STAND_BY = (0.02, 0.25)
 """Seconds from one try to the next, the first and the longest, of a process that waited for its turn in vain."""
+LINE_UP = 0.4
+"""Who stands by waits in line again after so many seconds for each worker process there is, because tries alone may fail for ever…"""
 HANGING = 5.0
-"""Seconds without a turn after which to look whether somebody's claim hangs…"""
+"""…and after this many at least. Then it is looked whether somebody has had the turn for that long: such a claim hangs."""
 IN_VAIN = 60.0
-"""…and for which, if so, large claims don't ask for their turn."""
+"""Seconds for which, if so, large claims don't ask for their turn."""
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
 BRISK = 30.0
 """So many jobs in a tenth of a second, found in one queue by one process, are a crowd…"""
@@ -43,6 +46,15 @@ NAPS = (0.01, 0.05)
 """The first waits after falling asleep, in seconds: a job may have been inserted by somebody who did not see the sleeper yet."""
 UNKNOWN = float("-inf")
 log = logs.get(__name__)
+
+
+class StandBy(NamedTuple):
+    """How a process stands that does not get its turn: how often it has tried, how often it has waited in line since, and when it does so
+    again."""
+
+    tries: int
+    waits: int
+    wait_at: float
 
 
 class Turns:
@@ -114,8 +126,9 @@ class Claims:
         self._large = threading.Lock()
         """Held for a claim of more jobs than there are threads: one queue's at a time."""
         self._no_turn_until = float("-inf")
-        self._standing_by: dict[str, tuple[int, float]] = {}
-        """The queues whose turn this process does not get: how often it has tried, and when it looks whether somebody's claim hangs."""
+        self._closing = threading.Event()
+        self._standing_by: dict[str, StandBy] = {}
+        """The queues whose turn this process does not get."""
         self._bells: dict[str, threading.Event] = {}
         self._naps: dict[str, int] = {}
         """The queues this process sleeps on, as its row says, and how often it has looked since."""
@@ -155,6 +168,7 @@ class Claims:
     def close(self) -> None:
         """Claim nothing any more; every `take` returns at once."""
         self.closed = True
+        self._closing.set()
         self.wake_all()
         self.overtake.set()
         self.work.room.set()
@@ -182,9 +196,9 @@ class Claims:
             if jobs:
                 self._note_work(queue_name, jobs, room)
                 return jobs
-            if queue_name in self._standing_by:
+            if (standing := self._standing_by.get(queue_name)) is not None:
                 shortest, longest = STAND_BY
-                time.sleep(min(shortest * 2 ** self._standing_by[queue_name][0], longest) * random.uniform(0.8, 1.2))
+                self._closing.wait(min(shortest * 2**standing.tries, longest) * random.uniform(0.8, 1.2))
                 if time.monotonic() >= deadline:
                     return []
                 continue
@@ -260,7 +274,10 @@ class Claims:
         if time.monotonic() - self._limits_read_at > self._poll_interval:
             self._limited = {name for (name,) in self._database.run("limited_queues")}
             self._limits_read_at = time.monotonic()
-        return self._claim_limited(queue_name, deadline) if queue_name in self._limited else (self._claim_freely(queue_name, room), None)
+        if queue_name not in self._limited:
+            return self._claim_freely(queue_name, room), None
+        self._standing_by.pop(queue_name, None)
+        return self._claim_limited(queue_name, deadline)
 
     def _claim_freely(self, queue_name: str, room: int) -> list[RunningJob]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), whenever fewer came
@@ -292,12 +309,12 @@ class Claims:
         return jobs
 
     def _turn(self, queue_name: str, room: int, now: float) -> str | None:
-        """What a claim has to do for its turn. Small claims disturb others little: none."""
+        """What a claim has to do for its turn. Small ones disturb others little: nothing, unless this process stands by."""
         if now < self._no_turn_until:
             self._standing_by.pop(queue_name, None)
             return None
-        if queue_name in self._standing_by:
-            return "try"
+        if (standing := self._standing_by.get(queue_name)) is not None:
+            return "wait" if now >= standing.wait_at else "try"
         return "wait" if room > self.work.threads else None
 
     def _full(self) -> frozenset[str]:
@@ -323,6 +340,8 @@ class Claims:
                     raise
                 log.warning("a claim failed; what others brought is done first", jobs=len(jobs), error=str(error).strip())
                 return jobs, False
+            if rows is None:
+                return jobs, False
             fitting = self._make(rows)
             self.work.expected.update(fitting)
             jobs += fitting
@@ -346,8 +365,10 @@ class Claims:
                     if rooms[name] << self._crowds[queue, name] >= LARGEST_CLAIM:
                         del self._crowds[queue, name]
 
-    def _claim_at(self, looks: list[tuple[str, int]], room: int, types: list[str], turn: str | None, ahead_of: int | None) -> list[db.Row]:
-        """Claim from some queues and priorities, each from where the last claim of it ended."""
+    def _claim_at(
+        self, looks: list[tuple[str, int]], room: int, types: list[str], turn: str | None, ahead_of: int | None
+    ) -> list[db.Row] | None:
+        """Claim from some queues and priorities, each from where the last claim of it ended. None: it was not its turn."""
         begin = [self._places.get(queue_name, {}).get(priority, BEGINNING) for queue_name, priority in looks]
         began = time.monotonic()
         rows = self._database.run(
@@ -365,7 +386,7 @@ class Claims:
         if turn is not None:
             if rows and rows[0][0] is None:
                 self._stand_by(looks[0][0])
-                return []
+                return None
             self._standing_by.pop(looks[0][0], None)
         if rows:
             self._took(time.monotonic() - began)
@@ -378,15 +399,21 @@ class Claims:
         """It was not this process's turn: as many as PostgreSQL has time for claim by the hundred already. These go on, with warm caches,
         and the others try now and then: when all of 32 took turns, two cores did a fifth fewer jobs."""
         now = time.monotonic()
-        tries, look_at = self._standing_by.get(queue_name, (-1, now + HANGING))
-        if now >= look_at:
-            look_at = now + HANGING
-            if self._database.run("turn_hangs", queue=queue_name, seconds=HANGING)[0][0]:
+        standing = self._standing_by.get(queue_name)
+        again = now + max(HANGING, LINE_UP * self.workers)
+        if standing is None:
+            standing = StandBy(0, 0, again)
+        elif now < standing.wait_at:
+            standing = standing._replace(tries=min(standing.tries + 1, 8))
+        else:
+            standing = standing._replace(waits=standing.waits + 1, wait_at=again)
+            if self._database.run("turn_hangs", queue=queue_name, seconds=HANGING, for_long=standing.waits > 3)[0][0]:
                 log.warning("somebody's claim hangs; large claims don't wait for it", queue=queue_name)
                 self._no_turn_until = now + IN_VAIN
-        self._standing_by[queue_name] = (min(tries + 1, 8), look_at)
+        self._standing_by[queue_name] = standing
         if self.above is None:
             self.above = PRIORITIES["default"]  # whose threads are idle is the first to go for urgent jobs
+            self.overtake.set()
 
     def _known_priorities(self, queue_name: str, now: float) -> list[int]:
         """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up once in a poll interval, and more
@@ -451,7 +478,7 @@ class Claims:
     def _note_nothing(self, queue_name: str, pause: float | None) -> float:
         """Nothing was found. How long to wait: while work came briskly just now, a moment; not at all right after saying that this process
         sleeps; then longer and longer."""
-        if not self.work.expected:
+        if not self.work.expected and not self._standing_by:
             self.above = None
         asleep = self._naps  # the heart may replace them just now
         if queue_name not in asleep:

@@ -156,28 +156,6 @@ class Database:
         """How many are open and wait for use."""
         return len(self._idle)
 
-    def _begin_use(self, patience: float | None) -> Any:
-        self._wait_for_turn()
-        connection = None
-        try:
-            connection = self._take()
-            self._in_use[connection] = math.inf if self._patience is None else time.monotonic() + (patience or self._patience)
-            if self._patience is not None:
-                self._start_watch()
-        except BaseException:
-            self._end_use(connection)
-            raise
-        return connection
-
-    def _end_use(self, connection: Any) -> None:
-        try:
-            if self._in_use.pop(connection, None) is not None and _usable(connection):
-                self._idle.append(connection)
-            elif connection is not None:
-                _close(connection)
-        finally:
-            self._turns.put(None)
-
     def _wait_for_turn(self) -> None:
         try:
             self._turns.get_nowait()
@@ -219,30 +197,55 @@ class InUse:
     """A pool's connection in a `with` block. A class, because every statement pays for it: as generators, one in another, it took more
     than twice as long."""
 
-    __slots__ = ("_connection", "_database", "_patience", "_undisturbed")
+    _connection: Any = None
+    _has_turn = False
 
     def __init__(self, database: Database, patience: float | None) -> None:
         self._database = database
-        self._patience = patience
+        self._patience = None if database._patience is None else patience or database._patience
 
     def __enter__(self) -> Any:
+        database = self._database
         # A job's function may use a pool, and be stopped meanwhile: not in here, where locks are held.
         self._undisturbed = undisturbed()
         self._undisturbed.__enter__()
         try:
-            self._connection = self._database._begin_use(self._patience)
+            database._wait_for_turn()
+            self._has_turn = True
+            self._connection = connection = database._take()
+            database._in_use[connection] = math.inf if self._patience is None else time.monotonic() + self._patience
+            if self._patience is not None:
+                database._start_watch()
         except BaseException:
+            self._end()
             self._undisturbed.__exit__(*sys.exc_info())
             raise
-        return self._connection
+        return connection
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, frames: TracebackType | None) -> None:
         try:
-            self._database._end_use(self._connection)
+            self._end()
         finally:
             self._undisturbed.__exit__(kind, error, frames)
         if error is not None:
             _translate(error)
+
+    def __del__(self) -> None:
+        self._end()  # Ctrl-C may have come just before the block began, or while it ended
+
+    def _end(self) -> None:
+        """Give everything back; what was given back before is not given back again."""
+        connection = self._connection
+        if connection is not None:
+            # (Where it is not in use any more it was cut, or an end was cut short.)
+            if self._database._in_use.pop(connection, None) is not None and _usable(connection):
+                self._database._idle.append(connection)
+            else:
+                _close(connection)
+            self._connection = None
+        if self._has_turn:
+            self._has_turn = False
+            self._database._turns.put(None)
 
 
 def run(connection: Any, name: str, /, **parameters: Any) -> list[Row]:

@@ -1,8 +1,9 @@
 """What a process measures, on its way to /metrics: counted in memory, and added every few seconds to what all processes counted, in the
 database. So every web server tells the same, of all processes on all machines, and goes on where it was after a restart.
 
-What a killed process had not added yet is lost, a few seconds of it at most. While the database is away all is kept; what was on its way
-when the connection broke may then count twice. (Numbers that must be exact are counted by the database itself: see `tallies`.)
+What a killed process had not added yet is lost, a few seconds of it at most, and what was added in the last moment before a crash of
+PostgreSQL. While the database is away all is kept; what was on its way when the connection broke may then count twice. (Numbers that must
+be exact are counted by the database itself: see `tallies`.)
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ log = logs.get(__name__)
 
 
 class Submitted(NamedTuple):
-    """A job to be inserted; the fields are the parameters of `submit` and `submit_many`. payload and options are JSON text."""
+    """A job to be inserted; the fields are the parameters of `submit_one` and `submit_many`. payload and options are JSON text."""
 
     id: str
     type: str

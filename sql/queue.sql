@@ -4,7 +4,7 @@
 -- name: submit_one
 -- One job that is due now and has no key.
 select * from submit_job(
-    %(id)s, %(type)s, %(queue)s, %(priority)s::smallint, %(payload)s, %(options)s, %(max_attempts)s, %(group_id)s
+    %(id)s, %(type)s, %(queue)s, %(priority)s::smallint, %(payload)s, %(options)s, %(max_attempts)s::integer, %(group_id)s
 );
 
 -- name: submit
@@ -43,14 +43,16 @@ select * from claim_jobs(
 );
 
 -- name: turn_hangs
--- Has somebody had the turn of this queue's large claims for so long that something must be wrong? (Whose session may not be looked at may be, too.)
-select exists (
-    select from pg_locks join pg_stat_activity using (pid)
-    where locktype = 'advisory' and granted
-        and database = (select oid from pg_database where datname = current_database())
-        and classid = 'jobs'::regclass and objid = (hashtext(%(queue)s)::bigint & 4294967295)::oid and objsubid = 2
-        and coalesce(xact_start, case when state is null then '-infinity'::timestamptz end) < clock_timestamp() - %(seconds)s * interval '1 second'
-);
+-- Has somebody had the turn of this queue's large claims for so long that something must be wrong? (Where nobody may see since when, or it is not
+-- tracked, `for_long` says whether to believe so.)
+select coalesce(
+    bool_or(coalesce(xact_start < clock_timestamp() - %(seconds)s * interval '1 second', state is distinct from 'idle' and %(for_long)s)),
+    false
+)
+from pg_locks join pg_stat_activity using (pid)
+where locktype = 'advisory' and granted
+    and database = (select oid from pg_database where datname = current_database())
+    and classid = 'jobs'::regclass and objid = (hashtext(%(queue)s)::bigint & 4294967295)::oid and objsubid = 2;
 
 -- name: look_at_gate
 -- Before waiting for a free thread: is there a job for it, and may one start? No row while the queue is paused or empty; else the

@@ -306,7 +306,7 @@ create trigger jobs_deleted after delete on jobs
 
 -- What clients and workers run all the time is in functions, because PostgreSQL plans these once per connection, with or without a pooler in
 -- between: reading and planning a claim of one job each time costs about as much as running it. The one plan serves whatever comes, though it may have been
--- made when the table was empty. So the ways that are good for small tables only are closed to it. (That holds for the triggers' plans, too,
+-- made when the table was empty. So to what searches in tables the ways that are good for small ones only are closed. (That holds for the triggers' plans, too,
 -- while they fire in here; before PostgreSQL 18 a closed way that is taken all the same looks so dear that it would be compiled each time: no jit.)
 
 -- One job that is due now. What is left out has defaults.

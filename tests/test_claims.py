@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import psycopg2
@@ -13,7 +14,7 @@ from conftest import eventually, execute
 from test_queue import LOOK, Worker
 
 from jobsys import db
-from jobsys.claims import LONGEST_AHEAD, Claims
+from jobsys.claims import LONGEST_AHEAD, Claims, StandBy
 from jobsys.errors import DatabaseUnavailable
 from jobsys.running import RunningJob
 from jobsys.system import JobSystem, Submission
@@ -109,13 +110,15 @@ def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
     system: JobSystem, claims: Claims, worker: Worker, database_url: str, asked: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobsys.claims.HANGING", 0.3)
+    monkeypatch.setattr("jobsys.claims.LINE_UP", 0.0)
     ids = system.submit_many(Submission("TEST_JOB") for _ in range(4 * THREADS))
     with contextlib.closing(psycopg2.connect(database_url)) as hanging:
         db.run(hanging, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK | {"turn": "wait"}, n=THREADS)
         assert [job.message_id for job in claims.take("default", 5)] == ids[THREADS : 2 * THREADS]
         claims.work.expected.clear()
         assert [job.message_id for job in claims.take("default", 1)] == ids[2 * THREADS : 3 * THREADS]
-        assert asked[:2] == ["wait", "try"] and [each for each in asked[2:] if each not in ("try", "be_busy")] == ["turn_hangs", None, None]
+        assert asked[:2] == ["wait", "try"]
+        assert [each for each in asked[2:] if each not in ("try", "be_busy")] == ["wait", "turn_hangs", None, None]
     asked.clear()
     claims._no_turn_until = 0.0
     claims.work.expected.clear()
@@ -137,9 +140,10 @@ def test_who_does_not_get_its_turn_stands_by(
         urgent = system.submit("TEST_JOB", priority="high").id
         assert [job.message_id for job in claims.claim_urgent()] == [urgent]
         claims.work.expected.clear()
-        assert system.database.run("turn_hangs", queue="default", seconds=60) == [(False,)]
-        assert system.database.run("turn_hangs", queue="default", seconds=0.1) == [(True,)]
-        assert system.database.run("turn_hangs", queue="ingestion", seconds=0.1) == [(False,)]
+        hangs = partial(system.database.run, "turn_hangs", for_long=False)
+        assert hangs(queue="default", seconds=60) == [(False,)]
+        assert hangs(queue="default", seconds=0.1) == [(True,)]
+        assert hangs(queue="ingestion", seconds=0.1) == [(False,)]
         others.commit()
     monkeypatch.setattr(claims, "_room", lambda: THREADS)
     asked.clear()
@@ -147,6 +151,56 @@ def test_who_does_not_get_its_turn_stands_by(
     claims.work.expected.clear()
     assert claims.take("default", 0.5) == []
     assert asked[0] == "try" and asked.count("wait") > 0 and asked.count("sleep") == 1
+
+
+def test_who_stands_by_waits_in_line_now_and_then_because_others_may_hand_the_turn_on_for_ever(
+    system: JobSystem, claims: Claims, database_url: str, asked: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobsys.claims.HANGING", 0.2)
+    monkeypatch.setattr("jobsys.claims.LINE_UP", 0.0)
+    [job] = system.submit_many([Submission("TEST_JOB")])
+    over = threading.Event()
+
+    def have_the_turn() -> None:
+        with contextlib.closing(psycopg2.connect(database_url)) as connection, connection.cursor() as cursor:
+            while not over.is_set():
+                cursor.execute("select take_turn('default', true), pg_sleep(0.02)")
+                connection.commit()
+
+    others = [threading.Thread(target=have_the_turn) for _ in range(3)]
+    for other in others:
+        other.start()
+    eventually(lambda: execute(database_url, "select pid from pg_stat_activity where wait_event = 'advisory'"))
+    claims._standing_by["default"] = StandBy(8, 0, time.monotonic() + 0.5)
+    assert [job.message_id for job in claims.take("default", 10)] == [job]
+    assert asked.count("wait") and asked.index("try") < asked.index("wait") and claims._standing_by == {}
+    over.set()
+    for other in others:
+        other.join()
+
+
+@pytest.mark.parametrize("limit", [{"max_running": 1}, {"rate": (1000, 1)}])
+def test_who_stands_by_when_the_queue_is_limited_does_so_no_longer(system: JobSystem, claims: Claims, limit: dict[str, Any]) -> None:
+    job = system.submit("TEST_JOB")
+    claims._standing_by["default"] = StandBy(8, 0, time.monotonic() + 60)
+    system.limit("default", **limit)
+    assert [job.message_id for job in claims.take("default", 1)] == [job.id]
+    assert claims._standing_by == {}
+
+
+def test_that_it_is_not_its_turn_says_nothing_of_what_crowds(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, bounded: list[int]
+) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(3 * THREADS))
+    claims.take("default", 1)
+    claims.work.expected.clear()
+    crowds = dict(claims._crowds)
+    assert crowds
+    with contextlib.closing(psycopg2.connect(database_url)) as others, others.cursor() as cursor:
+        cursor.execute("select take_turn('default', true)")
+        claims._standing_by["default"] = StandBy(0, 0, time.monotonic() + 60)
+        assert claims.take("default", 0.5) == []
+    assert claims._crowds == crowds
 
 
 def test_a_claim_that_waits_for_its_turn_holds_up_no_other_queue(

@@ -661,7 +661,7 @@ def test_old_jobs_that_nobody_prunes_are_warnings(settings: Settings) -> None:
 
 def test_a_log_of_counts_that_nobody_sums_is_a_warning(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LARGE_LOG", 10)
-    for _ in range(6):
+    for _ in range(11):
         insert(str(settings.database_url), type="TEST_JOB")
     finding = look_at_one(settings, "counters")
     assert finding.level == "warning" and finding.finding.startswith("tally_log has more than 10 rows")

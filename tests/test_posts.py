@@ -107,7 +107,8 @@ def test_when_the_database_goes_away_all_of_them_are_told_and_may_ask_again(web:
         for client in clients:
             post(client, {})
         until_they_wait(web, clients)
-        end = "select pg_terminate_backend(pid) from pg_stat_activity where wait_event_type = 'Lock' and query like 'insert into jobs%'"
+        waiting = "from pg_stat_activity where wait_event_type = 'Lock' and query ~ 'submit_job|insert into jobs'"
+        end = f"select pg_terminate_backend(pid) {waiting}"
         while execute(database_url, "select count(*) from pg_stat_activity where wait_event_type = 'Lock'")[0][0]:
             execute(database_url, end)
             time.sleep(0.05)

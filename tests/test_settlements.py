@@ -64,6 +64,18 @@ def test_what_follows_a_job_is_inserted_with_its_end(
     assert system.job(job.followups[0].id).status == "PENDING"
 
 
+def test_what_follows_and_cannot_be_stored_is_the_failure_of_its_job_and_holds_up_no_other(
+    system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob]
+) -> None:
+    jobs = [running(), running()]
+    jobs[0].followups = [next_job()._replace(max_attempts=3_000_000_000)]
+    for job in jobs:
+        settlements.add(finish(job))
+    settlements.write()
+    assert [system.job(job.message_id).status for job in jobs] == ["FAILED", "COMPLETED"]
+    assert system.counts()["PENDING"] == 0
+
+
 def test_what_follows_is_not_inserted_when_the_job_was_lost(
     system: JobSystem, settlements: Settlements, running: Callable[[], RunningJob], worker: Worker, lost: list[Outcome]
 ) -> None:
