@@ -90,6 +90,20 @@ MUTANTS = [
         "tests/test_claims.py -k trickle",
     ),
     Mutant(
+        "who stands by never waits in line",
+        "jobsys/claims.py",
+        'return "wait" if now >= standing.wait_at else "try"',
+        'return "try"',
+        "tests/test_claims.py -k 'waits_in_line or hangs'",
+    ),
+    Mutant(
+        "one inserted row is counted twice",
+        "sql/schema.sql",
+        "        if not found then\n            insert into tally_log",
+        "        if true then\n            insert into tally_log",
+        "tests/test_model.py",
+    ),
+    Mutant(
         "silence counts right after an outage",
         "jobsys/chores.py",
         "silence_counts=time.monotonic() >= self._silence_counts_from",
