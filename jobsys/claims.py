@@ -101,7 +101,6 @@ class Claims:
         took: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.work = work
-        self.closed = False
         self.workers = 1
         """How many worker processes there are."""
         self.above: int | None = None
@@ -147,6 +146,11 @@ class Claims:
         self._limits_read_at = float("-inf")
         self._pace_samples: deque[tuple[float, int, float]] = deque([(time.monotonic(), 0, 0.0)])
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is claimed any more."""
+        return self._closing.is_set()
+
     def wake(self, queue_name: str) -> None:
         """Somebody says that a job of this queue is due."""
         if bell := self._bells.get(queue_name):
@@ -167,7 +171,6 @@ class Claims:
 
     def close(self) -> None:
         """Claim nothing any more; every `take` returns at once."""
-        self.closed = True
         self._closing.set()
         self.wake_all()
         self.overtake.set()
@@ -397,7 +400,7 @@ class Claims:
 
     def _stand_by(self, queue_name: str) -> None:
         """It was not this process's turn: as many as PostgreSQL has time for claim by the hundred already. These go on, with warm caches,
-        and the others try now and then: when all of 32 took turns, two cores did a fifth fewer jobs."""
+        and the others try now and then: when all of 32 took turns, two cores did a sixth fewer jobs."""
         now = time.monotonic()
         standing = self._standing_by.get(queue_name)
         again = now + max(HANGING, LINE_UP * self.workers)

@@ -244,16 +244,13 @@ end $$;
 
 create function after_jobs_written() returns trigger
 language plpgsql set search_path from current as $$
-declare
-    anybody_waits boolean;
 begin
     if tg_op = 'INSERT' then
-        -- One row is counted without grouping, and by the statement that looks who waits: that spares a single insert a tenth of its cost.
+        -- One row is counted without grouping, which spares a single insert a tenth of its cost.
         insert into tally_log (queue, type, status, entered, departed, created)
         select min(queue), min(type), min(status), 1, 0, 1
         from (select queue, type, status from written limit 2) as one_or_two
-        having count(*) = 1
-        returning exists (select from workers where asleep <> '{}' or busy_above is not null) into anybody_waits;
+        having count(*) = 1;
         if not found then
             insert into tally_log (queue, type, status, entered, departed, created)
             select queue, type, status, count(*), 0, count(*) from written group by queue, type, status;
@@ -271,7 +268,7 @@ begin
         having sum(n) <> 0;
     end if;
     -- Tell of due jobs whoever waits for them: who sleeps, and who is busy with less urgent ones.
-    if coalesce(anybody_waits, exists (select from workers where asleep <> '{}' or busy_above is not null)) then
+    if exists (select from workers where asleep <> '{}' or busy_above is not null) then
         perform pg_notify('jobsys', due.queue)
         from (select queue, min(priority) as priority from written where status = 'PENDING' group by queue) as due
         where exists (
@@ -305,9 +302,10 @@ create trigger jobs_deleted after delete on jobs
     referencing old table as removed for each statement execute function after_jobs_delete();
 
 -- What clients and workers run all the time is in functions, because PostgreSQL plans these once per connection, with or without a pooler in
--- between: reading and planning a claim of one job each time costs about as much as running it. The one plan serves whatever comes, though it may have been
--- made when the table was empty. So to what searches in tables the ways that are good for small ones only are closed. (That holds for the triggers' plans, too,
--- while they fire in here; before PostgreSQL 18 a closed way that is taken all the same looks so dear that it would be compiled each time: no jit.)
+-- between: reading and planning a claim of one job each time costs about as much as running it. The one plan serves whatever comes, though it
+-- may have been made when the table was empty. So to what searches in tables the ways that are good for small ones only are closed. (That
+-- holds for the triggers' plans, too, while they fire in here; before PostgreSQL 18 a closed way that is taken all the same looks so dear that
+-- it would be compiled each time: no jit.)
 
 -- One job that is due now. What is left out has defaults.
 create function submit_job(
