@@ -158,9 +158,13 @@ class Claims:
         if self.above is not None:
             self.overtake.set()
 
+    def may_wait_for(self, job: RunningJob) -> bool:
+        """Whether others of its queue or its type may only be claimed when it has ended, and that is written."""
+        return job.queue_name in self._limited or job.actor_name in self._bounded
+
     def ended(self, jobs: list[RunningJob]) -> None:
         """Jobs have ended, and that is written: should their queue or their type have been full, it is no longer."""
-        for queue_name in {job.queue_name for job in jobs if job.queue_name in self._limited or job.actor_name in self._bounded}:
+        for queue_name in {job.queue_name for job in jobs if self.may_wait_for(job)}:
             if bell := self._bells.get(queue_name):
                 bell.set()
 

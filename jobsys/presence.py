@@ -184,7 +184,7 @@ class Presence:
         self.work.expected.discard(job)
         if outcome.statement in ("retry", "bury") and not job.job.completing:
             self._count_failure(outcome)
-        self.settlements.add(outcome)
+        self.settlements.add(outcome, soon=not self.work.queue or self._is_waited_for(outcome))
         self.running.discard(job)
         if self.suspect == job.message_id:
             self._runs_alone(None)
@@ -268,6 +268,10 @@ class Presence:
         except DatabaseUnavailable as error:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
         self._database.close()
+
+    def _is_waited_for(self, outcome: Outcome) -> bool:
+        """Whether somebody can go on only when this outcome is written: who finds nothing else to start, or asked for a stop."""
+        return outcome.statement in ("release", "cancel_running") or bool(outcome.job.followups) or self.claims.may_wait_for(outcome.job)
 
     def _note_success(self, job: RunningJob) -> None:
         if self.bulkheads.succeeded(job):

@@ -1,7 +1,8 @@
 """Writing how attempts ended: in groups, fenced, and never lost while the process lives.
 
 The thread that ends a job hands the outcome over and takes the next job; a thread of its own writes. An outcome that is alone is written at
-once; whatever ends while a write is on its way goes into the next one, so that a crowd shares commits.
+once; whatever ends while a write is on its way goes into the next one, so that a crowd shares commits. While more jobs wait in memory, the
+outcomes gather for longer, unless somebody waits for one of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from jobsys.submissions import insert
 LARGEST_GROUP = 500
 GATHER = 0.004
 """Seconds from one write to the next, at least: who comes a moment after another shares a commit with whoever else does."""
+LONGEST_GATHER = 0.05
+"""The same while jobs wait in memory and nobody waits for an outcome: a write of a dozen costs about as much CPU as one of fifty…"""
+FULL_GROUP = 100
+"""…and so many are worth one."""
 RETRY = 1.0
 UNSTORABLE = (psycopg2.DataError, psycopg2.IntegrityError, *db.NEVER_WORTH_REPEATING, ValueError, TypeError)
 """What says that one outcome is at fault, and not the database."""
@@ -42,6 +47,8 @@ class Settlements:
     ) -> None:
         self.some = threading.Event()
         """Set when an outcome waits to be written."""
+        self.enough = threading.Event()
+        """Set when it is worth writing again soon, and not only when LONGEST_GATHER is over."""
         self._database = database
         self._written = written
         self._lost = lost
@@ -66,8 +73,8 @@ class Settlements:
         with self._lock:
             return max(0.0, self._try_locked_at - time.monotonic()) if self._locked else None
 
-    def add(self, outcome: Outcome) -> None:
-        """Take an outcome over. An outcome for a job that has one is ignored."""
+    def add(self, outcome: Outcome, *, soon: bool = True) -> None:
+        """Take an outcome over, to be written `soon` or together with those to come. An outcome for a job that has one is ignored."""
         with self._lock:
             if outcome.job.outcome is not None:
                 return
@@ -75,6 +82,8 @@ class Settlements:
             self._waiting.append(outcome)
         if not self.some.is_set():
             self.some.set()
+        if (soon or len(self._waiting) >= FULL_GROUP) and not self.enough.is_set():
+            self.enough.set()
 
     def write(self) -> None:
         """Write whatever waits by now, unless another thread is at it: what comes meanwhile is for the next `write`, so that a trickle
@@ -217,6 +226,7 @@ class Writer(threading.Thread):
         while not self._stopped.is_set():
             self._settlements.some.wait(self._settlements.pause)
             self._settlements.some.clear()
+            self._settlements.enough.clear()
             began = time.monotonic()
             try:
                 self._settlements.write()
@@ -225,11 +235,13 @@ class Writer(threading.Thread):
                 self._stopped.wait(RETRY)
                 self._settlements.some.set()
             self._stopped.wait(max(0.0, began + GATHER - time.monotonic()))
+            self._settlements.enough.wait(max(0.0, began + LONGEST_GATHER - time.monotonic()))
 
     def stop(self) -> None:
         """Begin no further write, and wait for the one at hand."""
         self._stopped.set()
         self._settlements.some.set()
+        self._settlements.enough.set()
         if self.is_alive():
             self.join(5)
 

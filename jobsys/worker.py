@@ -216,8 +216,6 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     # What was made until now stays: the collector needn't look at it again. And jobs come by the hundred: not after every 700 objects.
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
-    # Whoever has waited for the database needs the interpreter back soon, also while jobs compute: not after CPython's 5 ms.
-    sys.setswitchinterval(0.001)
     unfit = _check(worker)
     worker.start()
     presence = system.broker.attend(threads=settings.worker_threads)

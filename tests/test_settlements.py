@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import psycopg2
 import pytest
-from conftest import execute
+from conftest import eventually, execute
 from test_queue import Worker
 
 from jobsys import db
 from jobsys.errors import DatabaseUnavailable
 from jobsys.ids import new_job_id
-from jobsys.outcomes import Outcome, finish, plain_text
+from jobsys.outcomes import Outcome, finish, plain_text, release
 from jobsys.running import RunningJob
 from jobsys.settlements import Settlements
 from jobsys.submissions import Submitted
@@ -261,3 +262,45 @@ def test_the_last_write_waits_for_one_that_is_on_its_way(
     settlements.write_all(20)
     writing.join()
     assert len(settlements) == 0 and system.totals()["jobs_success"] == 2
+
+
+@pytest.mark.parametrize("waited_for", ["nothing else to start", "a follow-up", "a limited queue", "to be given back", "a full group"])
+def test_outcomes_gather_while_more_jobs_wait_in_memory_and_nobody_waits_for_one(
+    system: JobSystem, waited_for: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobsys.settlements.LONGEST_GATHER", 600.0)
+    monkeypatch.setattr("jobsys.settlements.FULL_GROUP", 10)
+    presence = system.broker.attend(threads=20)
+    system.submit_many(Submission("TEST_JOB") for _ in range(20))
+    jobs = presence.claims.take("default", 5)
+    assert len(jobs) == 20
+    presence.work.put_all(jobs)
+
+    def end(decide: Callable[[RunningJob], Outcome] = finish) -> RunningJob:
+        job: RunningJob = presence.work.get()[1]
+        presence.settle(job, decide(job))
+        return job
+
+    end()
+    eventually(lambda: len(presence.settlements) == 0)  # the first is written at once
+    gathering = [end() for _ in range(3)]
+    time.sleep(0.2)
+    assert len(presence.settlements) == 3
+    if waited_for == "nothing else to start":
+        presence.work.take_back(lambda job: True)
+        presence.settle(jobs[-1], finish(jobs[-1]))
+    elif waited_for == "a follow-up":
+        jobs[4].followups.append(next_job())
+        end()
+    elif waited_for == "a limited queue":
+        system.limit("default", max_running=20)
+        presence.claims._limits_read_at = float("-inf")
+        presence.claims.take("default", 0.01)
+        end()
+    elif waited_for == "to be given back":
+        end(release)
+    else:
+        for _ in range(7):
+            end()
+    eventually(lambda: len(presence.settlements) == 0)
+    assert all(system.job(job.message_id).status == "COMPLETED" for job in gathering)
