@@ -31,11 +31,12 @@ from jobsys.errors import DatabaseUnavailable, InvalidSubmission, NotCommitted
 from jobsys.ids import new_job_id
 from jobsys.job_types import PRIORITIES, JobType, Registry, encode
 from jobsys.measurements import Measurements
-from jobsys.middleware import NOT_FOR_PLAIN_JOBS, stack, unreadable
+from jobsys.middleware import NOT_FOR_PLAIN_JOBS, Stopping, stack, unreadable
 from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry, unstorable
 from jobsys.presence import Presence
 from jobsys.running import RunningJob
 from jobsys.settings import Settings
+from jobsys.straight import StraightWay
 from jobsys.submissions import Submitted, insert
 
 PATIENCE = 3.0
@@ -56,6 +57,7 @@ class JobsBroker(PostgresBroker):
         self.measurements = Measurements()
         self.presence: Presence | None = None
         self._hooks: dict[tuple[str, bool], list[Callable[..., Any]]] = {}
+        self._only_own_listen: bool | None = None
         self._running = threading.local()
         self._lock = threading.Lock()
         results = Results(backend=JobResults(database), store_results=True)
@@ -105,6 +107,8 @@ class JobsBroker(PostgresBroker):
             running = self.running
             if running is None:
                 return function(*args, **kwargs)
+            if running.raised is not None:
+                raise running.raised
             process = os.getpid()
             # Should it raise, and there be no memory to note even that, the attempt has failed all the same.
             running._exception = FORGOTTEN
@@ -165,6 +169,8 @@ class JobsBroker(PostgresBroker):
     # not failed (no options, hence no callbacks, no pipeline, no age limit; its result already noted) only those it may concern.
 
     def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        if signal == "process_message" and args[0].raised is not None and self.running is args[0]:
+            return  # it has begun, on the straight way
         for hook in self._listeners("before_" + signal, signal == "process_message" and args[0].plain):
             try:
                 hook(self, *args, **kwargs)
@@ -180,10 +186,19 @@ class JobsBroker(PostgresBroker):
             except Exception:
                 self.logger.critical("Unexpected failure in after_%s of %r.", signal, hook, exc_info=True)
 
+    @property
+    def only_own_listen(self) -> bool:
+        """Whether of a plain job that does not fail only `Attendance` and `Stopping` want to know."""
+        if self._only_own_listen is None:
+            asked = (("before_process_message", True), ("after_process_message", True), ("before_ack", False), ("after_ack", False))
+            listeners = [getattr(hook, "__self__", None) for each in asked for hook in self._listeners(*each)]
+            self._only_own_listen = all(type(each) in (Attendance, Stopping) for each in listeners)
+        return self._only_own_listen
+
     def add_middleware(self, middleware: Middleware, *, before: Any = None, after: Any = None) -> None:
-        self._hooks = {}
+        self._hooks, self._only_own_listen = {}, None
         super().add_middleware(middleware, before=before, after=after)
-        self._hooks = {}
+        self._hooks, self._only_own_listen = {}, None
 
     def _listeners(self, hook: str, plain: bool) -> list[Callable[..., Any]]:
         listeners = self._hooks.get((hook, plain))
@@ -320,13 +335,14 @@ class JobsConsumer(PostgresConsumer):
             self.presence.settle(message, release(message))
 
     def _settle(self, message: RunningJob, decide: Callable[[RunningJob], Outcome]) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = 0.0
         while True:
             try:
                 self.presence.settle(message, decide(message))
                 return
             except (RecursionError, MemoryError) as error:
                 # Another job's doing (it may have lowered the limit, which worker.py puts back), and no fault of this one's.
+                deadline = deadline or time.monotonic() + PATIENCE
                 if time.monotonic() > deadline:
                     self.presence.settle(message, unstorable(message, error))
                     return
@@ -403,6 +419,9 @@ class Attendance(Middleware):
         presence = broker.attend(threads=worker.worker_threads, queues=worker.consumer_whitelist or None)
         presence.serves = True
         worker.work_queue = presence.work
+
+    def after_worker_thread_boot(self, broker: JobsBroker, thread: Any) -> None:
+        thread.process_message = StraightWay(broker, thread).process_message
 
     def after_worker_boot(self, broker: JobsBroker, worker: Any) -> None:
         if broker.presence is not None:

@@ -78,15 +78,16 @@ class Measurements:
         self._lock = threading.Lock()
         self._series: dict[tuple[str, Labels], Series] = {}
 
-    def observe(self, metric: str, labels: Labels, seconds: float) -> None:
-        """Count one observation. `labels` are values, in the order in which METRICS names them."""
+    def observe(self, metric: str, labels: Labels, *seconds: float) -> None:
+        """Count observations. `labels` are values, in the order in which METRICS names them."""
         key = (metric, labels)
         with self._lock:
             series = self._series.get(key)
             if series is None:
                 series = self._series[key] = Series(METRICS[metric].bounds)
-            series.buckets[bisect_left(series.bounds, seconds)] += 1
-            series.sum += seconds
+            for each in seconds:
+                series.buckets[bisect_left(series.bounds, each)] += 1
+                series.sum += each
 
     def take(self) -> dict[tuple[str, Labels], Series]:
         """What was counted since this was last called."""

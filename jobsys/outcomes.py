@@ -17,7 +17,7 @@ from jobsys.secrecy import mask
 
 LONGEST_STACK = 30
 """Frames kept of a traceback, the innermost."""
-_ABOVE_A_JOB = ("dramatiq/worker.py", "dramatiq/actor.py", "jobsys/broker.py", "jobsys/interrupt.py")
+_ABOVE_A_JOB = ("dramatiq/worker.py", "dramatiq/actor.py", "jobsys/broker.py", "jobsys/interrupt.py", "jobsys/straight.py")
 
 
 class Outcome(NamedTuple):

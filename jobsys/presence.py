@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -318,8 +319,7 @@ class Presence:
             elif outcome.statement in ("retry", "bury") and outcome.job.job.completing:
                 self._count_failure(outcome)
         self._forget([outcome.job for outcome in outcomes])
-        for outcome in outcomes:
-            self._note_run(outcome)
+        self._note_runs(outcomes)
 
     def _outcomes_were_lost(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -327,7 +327,7 @@ class Presence:
             if not job.job.completing:
                 log.warning("an outcome came too late: the job is no longer this worker's", job_id=job.message_id, outcome=job.outcome)
             elif outcome.parameters.get("type") in (None, NotCommitted.__name__):
-                self._note_run(finish(job))
+                self._note_runs([finish(job)])
                 self._note_success(job)
             else:
                 log.warning(
@@ -335,12 +335,15 @@ class Presence:
                 )
         self._forget([outcome.job for outcome in outcomes])
 
-    def _note_run(self, outcome: Outcome) -> None:
-        self.attempts.add(outcome)
-        job = outcome.job
-        if job.began_at is not None:
-            labels = (job.actor_name, job.queue_name, OUTCOMES[outcome.statement])
-            self.measurements.observe("job_run_seconds", labels, job.ended_at - job.began_at)
+    def _note_runs(self, outcomes: list[Outcome]) -> None:
+        alike: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
+        for outcome in outcomes:
+            self.attempts.add(outcome)
+            job = outcome.job
+            if job.began_at is not None:
+                alike[job.actor_name, job.queue_name, OUTCOMES[outcome.statement]].append(job.ended_at - job.began_at)
+        for labels, seconds in alike.items():
+            self.measurements.observe("job_run_seconds", labels, *seconds)
 
     def _forget(self, jobs: list[RunningJob]) -> None:
         with self._holding:

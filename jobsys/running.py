@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import psycopg2
-from dramatiq.broker import MessageProxy
 from dramatiq.message import Message
 from psycopg2 import errors as pg_errors
 
@@ -22,8 +21,10 @@ ELSEWHERE = "complete_in needs a connection to the database, and the schema, whe
 _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 
 
-class RunningJob(MessageProxy):
-    """One attempt at one job. `order` is the queue's: priority, then due time, then arrival."""
+class RunningJob:
+    """One attempt at one job. `order` is the queue's: priority, then due time, then arrival.
+
+    It has all that Dramatiq's MessageProxy has and is none: what has `__getattr__` is slow at every attribute, see PEP 659."""
 
     # What most attempts never change stands here: it is made some ten thousand times a second.
     readable = True
@@ -40,6 +41,8 @@ class RunningJob(MessageProxy):
     ended_at = 0.0
     trace: Any = None
     """What of OpenTelemetry's belongs to the attempt, see tracing.py."""
+    raised: BaseException | None = None
+    """What the function raised, where it ran on the straight way (straight.py): Dramatiq's begins with it."""
     _exception: BaseException | None = None
 
     def __init__(self, row: tuple[Any, ...], *, worker: str, job_type: JobType | None, max_crashes: int) -> None:
@@ -93,7 +96,7 @@ class RunningJob(MessageProxy):
     @property
     def plain(self) -> bool:
         """Whether this is an attempt at a job type without options of Dramatiq's."""
-        return self.job_type is not None and len(self.options) == 1  # max_retries
+        return self.job_type is not None and len(self.options) == 1 and self.readable  # max_retries
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -118,14 +121,34 @@ class RunningJob(MessageProxy):
             message_timestamp=self.message_timestamp,
         )
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    def asdict(self) -> dict[str, Any]:
+        """See Message, also of those below."""
+        return self._message.asdict()
 
-    __hash__ = object.__hash__
+    def encode(self) -> bytes:
+        return self._message.encode()
+
+    def copy(self, **attributes: Any) -> Message[Any]:
+        return self._message.copy(**attributes)
+
+    def get_result(self, **how: Any) -> Any:
+        return self._message.get_result(**how)
+
+    def __or__(self, other: Any) -> Any:
+        return self._message | other
+
+    def fail(self) -> None:
+        """Mark the attempt as one that failed for good."""
+        self.failed = True
+
+    def stuff_exception(self, exception: BaseException) -> None:
+        """Note what the attempt raised."""
+        self._exception = exception
 
     def clear_exception(self) -> None:
         """Forget the exception, and the frames it holds."""
         self.__dict__.pop("_exception", None)
+        self.__dict__.pop("raised", None)
 
     def __str__(self) -> str:
         return f"{self.actor_name} {self.message_id} (attempt {self.attempt})"
@@ -152,18 +175,20 @@ class LiveJob(Job):
     must_end = False
     latest: dict[str, Any] | None = None
     """Progress that is not yet in the record."""
+    completing = False
+    """Whether the job has completed in a transaction of its own, should that have committed."""
+    _followed = False
+    _logged = 0
 
     def __init__(self, running: RunningJob) -> None:
         self.id = running.message_id
         self.type = running.actor_name
         self.attempt = running.attempt
         self.request_id = running.carried.get("request_id")
-        self.completing = False
-        """Whether the job has completed in a transaction of its own, should that have committed."""
         self._claim = running.claim
-        self._followed = not running.options.keys().isdisjoint(("pipe_target", "on_success", "on_failure"))
+        if len(running.options) > 1:
+            self._followed = not running.options.keys().isdisjoint(("pipe_target", "on_success", "on_failure"))
         self.unreported: list[tuple[float, str, str]] = []
-        self._logged = 0
 
     def log(self, line: str) -> None:
         """Add a line to the job's timeline."""

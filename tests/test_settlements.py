@@ -270,6 +270,7 @@ def test_outcomes_gather_while_more_jobs_wait_in_memory_and_nobody_waits_for_one
 ) -> None:
     monkeypatch.setattr("jobsys.settlements.LONGEST_GATHER", 600.0)
     monkeypatch.setattr("jobsys.settlements.FULL_GROUP", 10)
+    monkeypatch.setattr("jobsys.presence.LATEST_START", 600.0)
     presence = system.broker.attend(threads=20)
     system.submit_many(Submission("TEST_JOB") for _ in range(20))
     jobs = presence.claims.take("default", 5)
@@ -293,9 +294,7 @@ def test_outcomes_gather_while_more_jobs_wait_in_memory_and_nobody_waits_for_one
         jobs[4].followups.append(next_job())
         end()
     elif waited_for == "a limited queue":
-        system.limit("default", max_running=20)
-        presence.claims._limits_read_at = float("-inf")
-        presence.claims.take("default", 0.01)
+        monkeypatch.setattr(presence.claims, "_limited", {"default"})
         end()
     elif waited_for == "to be given back":
         end(release)

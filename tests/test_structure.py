@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"jobs", "running"},
     {"attempts", "bulkheads", "outcomes", "middleware", "work_queue"},
     {"claims", "settlements", "tracing"},
-    {"chores", "heart", "lookout", "presence"},
+    {"chores", "heart", "lookout", "presence", "straight"},
     {"broker"},
     {"system", "timeline"},
     {"openapi"},
