@@ -34,7 +34,7 @@ from jobsys.measurements import Measurements
 from jobsys.middleware import NOT_FOR_PLAIN_JOBS, Stopping, stack, unreadable
 from jobsys.outcomes import Outcome, bury, cancel, finish, release, retry, unstorable
 from jobsys.presence import Presence
-from jobsys.running import RunningJob
+from jobsys.running import FORGOTTEN, RunningJob
 from jobsys.settings import Settings
 from jobsys.straight import StraightWay
 from jobsys.submissions import Submitted, insert
@@ -42,7 +42,8 @@ from jobsys.submissions import Submitted, insert
 PATIENCE = 3.0
 """Seconds in which the end of an attempt is tried again where the process lacks memory or depth."""
 
-FORGOTTEN = MemoryError("the attempt failed, and there was no memory left to keep how")
+OTHERS = ("others", True)
+"""Where it is kept with them which listeners are not ours."""
 
 
 class JobsBroker(PostgresBroker):
@@ -57,7 +58,6 @@ class JobsBroker(PostgresBroker):
         self.measurements = Measurements()
         self.presence: Presence | None = None
         self._hooks: dict[tuple[str, bool], list[Callable[..., Any]]] = {}
-        self._only_own_listen: bool | None = None
         self._running = threading.local()
         self._lock = threading.Lock()
         results = Results(backend=JobResults(database), store_results=True)
@@ -105,10 +105,10 @@ class JobsBroker(PostgresBroker):
         @functools.wraps(function)
         def stoppable(*args: Any, **kwargs: Any) -> Any:
             running = self.running
-            if running is None:
+            if running is not None and running.raised is not None:
+                raise running.__dict__.pop("raised")
+            if running is None or running.attempt_call.over:  # called by a hook, say
                 return function(*args, **kwargs)
-            if running.raised is not None:
-                raise running.raised
             process = os.getpid()
             # Should it raise, and there be no memory to note even that, the attempt has failed all the same.
             running._exception = FORGOTTEN
@@ -189,25 +189,29 @@ class JobsBroker(PostgresBroker):
     @property
     def only_own_listen(self) -> bool:
         """Whether of a plain job that does not fail only `Attendance` and `Stopping` want to know."""
-        if self._only_own_listen is None:
+        hooks = self._hooks
+        others = hooks.get(OTHERS)
+        if others is None:
             asked = (("before_process_message", True), ("after_process_message", True), ("before_ack", False), ("after_ack", False))
-            listeners = [getattr(hook, "__self__", None) for each in asked for hook in self._listeners(*each)]
-            self._only_own_listen = all(type(each) in (Attendance, Stopping) for each in listeners)
-        return self._only_own_listen
+            listeners = [hook for each in asked for hook in self._listeners(*each)]
+            others = [hook for hook in listeners if type(getattr(hook, "__self__", None)) not in (Attendance, Stopping)]
+            hooks[OTHERS] = others
+        return not others
 
     def add_middleware(self, middleware: Middleware, *, before: Any = None, after: Any = None) -> None:
-        self._hooks, self._only_own_listen = {}, None
+        self._hooks = {}
         super().add_middleware(middleware, before=before, after=after)
-        self._hooks, self._only_own_listen = {}, None
+        self._hooks = {}
 
     def _listeners(self, hook: str, plain: bool) -> list[Callable[..., Any]]:
-        listeners = self._hooks.get((hook, plain))
+        hooks = self._hooks  # others take its place when a middleware is added just now
+        listeners = hooks.get((hook, plain))
         if listeners is None:
             default = getattr(Middleware, hook, None)
             order = reversed(self.middleware) if hook.startswith("after_") else self.middleware
             listening = (each for each in order if getattr(type(each), hook, None) is not default)
             listeners = [getattr(each, hook) for each in listening if not (plain and id(each) in self._not_for_plain_jobs)]
-            self._hooks[hook, plain] = listeners
+            hooks[hook, plain] = listeners
         return listeners
 
     # The rest of Dramatiq's interface

@@ -271,8 +271,9 @@ class Presence:
         self._database.close()
 
     def _is_waited_for(self, outcome: Outcome) -> bool:
-        """Whether somebody can go on only when this outcome is written: who finds nothing else to start, or asked for a stop."""
-        return outcome.statement in ("release", "cancel_running") or bool(outcome.job.followups) or self.claims.may_wait_for(outcome.job)
+        """Whether other jobs, an operator or this one's next attempt can go on only when this outcome is written."""
+        job = outcome.job
+        return outcome.statement not in ("finish", "bury") or bool(job.followups) or job.suspect or self.claims.may_wait_for(job)
 
     def _note_success(self, job: RunningJob) -> None:
         if self.bulkheads.succeeded(job):

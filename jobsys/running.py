@@ -18,13 +18,15 @@ from jobsys.job_types import Job, JobType, encode
 
 MOST_LINES = 10_000
 ELSEWHERE = "complete_in needs a connection to the database, and the schema, where the jobs are"
+FORGOTTEN = MemoryError("the attempt failed, and there was no memory left to keep how")
 _VOLATILE = frozenset(("max_retries", "traceback", "requeue_timestamp", "args"))
 
 
 class RunningJob:
     """One attempt at one job. `order` is the queue's: priority, then due time, then arrival.
 
-    It has all that Dramatiq's MessageProxy has and is none: what has `__getattr__` is slow at every attribute, see PEP 659."""
+    To middleware it is what Dramatiq's MessageProxy would be, and is none: what has `__getattr__` is slow at every attribute (the
+    interpreter can't specialize these, see PEP 659)."""
 
     # What most attempts never change stands here: it is made some ten thousand times a second.
     readable = True
@@ -149,6 +151,9 @@ class RunningJob:
         """Forget the exception, and the frames it holds."""
         self.__dict__.pop("_exception", None)
         self.__dict__.pop("raised", None)
+
+    def __repr__(self) -> str:
+        return f"<RunningJob {self}>"
 
     def __str__(self) -> str:
         return f"{self.actor_name} {self.message_id} (attempt {self.attempt})"

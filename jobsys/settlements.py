@@ -2,7 +2,7 @@
 
 The thread that ends a job hands the outcome over and takes the next job; a thread of its own writes. An outcome that is alone is written at
 once; whatever ends while a write is on its way goes into the next one, so that a crowd shares commits. While more jobs wait in memory, the
-outcomes gather for longer, unless somebody waits for one of them.
+outcomes gather for longer, unless other jobs wait for one of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from jobsys.submissions import insert
 LARGEST_GROUP = 500
 GATHER = 0.004
 """Seconds from one write to the next, at least: who comes a moment after another shares a commit with whoever else does."""
-LONGEST_GATHER = 0.05
-"""The same while jobs wait in memory and nobody waits for an outcome: a write of a dozen costs about as much CPU as one of fifty…"""
+LONGEST_GATHER = 0.02
+"""The same while jobs wait in memory that need no outcome to start. A write of a few costs about as much CPU as one of some dozens; but
+what is not written when the process is killed will run once more…"""
 FULL_GROUP = 100
 """…and so many are worth one."""
 RETRY = 1.0
@@ -224,7 +225,8 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            self._settlements.some.wait(self._settlements.pause)
+            # Now and then also unasked: who sets an event where the stack ends may fail to wake who waits for it.
+            self._settlements.some.wait(min(RETRY, self._settlements.pause or RETRY))
             self._settlements.some.clear()
             self._settlements.enough.clear()
             began = time.monotonic()
