@@ -123,7 +123,7 @@ def test_a_running_job_is_cancelled_in_whichever_process_it_runs(system: JobSyst
     start_worker(WORKER_PROCESSES=2)
     job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 60})
     started(ledger)
-    assert system.cancel(job.id, by="me").status == "PROCESSING"
+    assert system.cancel(job.id, by="me").status in ("PROCESSING", "CANCELLED")  # it may have stopped by then
     assert until(system, job, "CANCELLED").finished_at is not None
     assert not lines(ledger, "end")
 
