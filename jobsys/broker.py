@@ -185,6 +185,8 @@ class JobsBroker(PostgresBroker):
                 hook(self, *args, **kwargs)
             except Exception:
                 self.logger.critical("Unexpected failure in after_%s of %r.", signal, hook, exc_info=True)
+            except BaseException as error:  # raised by an odd exception of the job's own, when it was looked at
+                self.logger.critical("Unexpected %s in after_%s of %r.", type(error).__name__, signal, hook)
 
     @property
     def only_own_listen(self) -> bool:
