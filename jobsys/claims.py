@@ -134,6 +134,8 @@ class Claims:
         self._busy_above: float | None = None
         """What this process's row says that it is busy with, and until when that needs no correction downwards. UNKNOWN: no answer came."""
         self._busy_until = 0.0
+        self._saying_busy = threading.Lock()
+        """Held while that is said, so that no queue's consumer says otherwise in the same moment."""
         self._found: dict[str, tuple[float, float]] = {}
         self._emptied: dict[str, float] = {}
         """The queues in which the last claim left nothing, and until when not to look again."""
@@ -495,23 +497,26 @@ class Claims:
             asleep[queue_name] = 0
             return 0
         naps = asleep[queue_name]
-        if naps >= len(NAPS) and self.above is None and self._busy_above is not None:
-            self._database.run("be_busy", id=self._worker(), above=None)
-            self._busy_above = None
+        if naps >= len(NAPS):
+            with self._saying_busy:
+                if self.above is None and self._busy_above is not None:
+                    self._database.run("be_busy", id=self._worker(), above=None)
+                    self._busy_above = None
         asleep[queue_name] = naps + 1
         nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)
 
     def _be_busy(self, above: int) -> None:
         """Jobs of this priority wait in memory. It is worth a write to hear of more urgent ones; to hear of fewer, now and then."""
-        self.above = above
-        now = time.monotonic()
-        if above == self._busy_above:
-            self._busy_until = now + LATEST_START
-        elif self._busy_above is None or above > self._busy_above or now > self._busy_until:
-            self._busy_above = above if self._say("be_busy", above=above) else UNKNOWN
-            self._busy_until = now + LATEST_START
-            self.overtake.set()  # one may have come before this was known
+        with self._saying_busy:
+            self.above = above
+            now = time.monotonic()
+            if above == self._busy_above:
+                self._busy_until = now + LATEST_START
+            elif self._busy_above is None or above > self._busy_above or now > self._busy_until:
+                self._busy_above = above if self._say("be_busy", above=above) else UNKNOWN
+                self._busy_until = now + LATEST_START
+                self.overtake.set()  # one may have come before this was known
 
     def _say(self, statement: str, **parameters: object) -> bool:
         """Say how this process stands; whether that was answered. Jobs are in hand, which must not be lost over it, whatever is wrong."""
