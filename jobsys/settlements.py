@@ -69,10 +69,10 @@ class Settlements:
             return len(self._waiting) + len(self._locked) + self._in_flight
 
     @property
-    def pause(self) -> float | None:
-        """Seconds until it is worth writing again, should no outcome come; None: there is nothing to write."""
+    def pause(self) -> float:
+        """Seconds until it is worth looking again, should nobody wake the writer: who sets an event where the stack ends may fail to."""
         with self._lock:
-            return max(0.0, self._try_locked_at - time.monotonic()) if self._locked else None
+            return max(0.0, self._try_locked_at - time.monotonic()) if self._locked else RETRY
 
     def add(self, outcome: Outcome, *, soon: bool = True) -> None:
         """Take an outcome over, to be written `soon` or together with those to come. An outcome for a job that has one is ignored."""
@@ -225,8 +225,7 @@ class Writer(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            # Now and then also unasked: who sets an event where the stack ends may fail to wake who waits for it.
-            self._settlements.some.wait(min(RETRY, self._settlements.pause or RETRY))
+            self._settlements.some.wait(self._settlements.pause)
             self._settlements.some.clear()
             self._settlements.enough.clear()
             began = time.monotonic()

@@ -211,6 +211,9 @@ def test_a_job_that_somebody_has_locked_delays_no_other_and_is_written_when_it_i
         settlements.add(finish(job))
     settlements.write()
     assert statements == ["finish", "free", "finish"] and len(settlements) == 1
+    settlements._try_locked_at = 0.0
+    assert settlements.pause == 0, "once it is time to try again, the writer waits for nothing"
+    settlements._try_locked_at = time.monotonic() + 1
     assert [system.job(job.message_id).status for job in jobs].count("COMPLETED") == 19
     threading.Timer(0.5, holder.close).start()
     settlements.write_all(10)
