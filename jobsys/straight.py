@@ -1,7 +1,7 @@
 """The straight way of an attempt through one of Dramatiq's threads.
 
-Dramatiq's own way costs as much as all the rest of a no-op job: it asks for listeners four times, words lines for a log that nobody reads,
-and looks up what is known. This one does the same in one place, where that is certain: an attempt at a job type, without options of
+Dramatiq's own way costs a third of what a no-op job does: it asks for listeners four times, words lines for a log that nobody reads, and
+looks up what is known. This one does the same in one place, where that is certain: an attempt at a job type, without options of
 Dramatiq's, while no middleware but ours listens for its beginning, its end or its acknowledgement. Any other goes Dramatiq's way, and so
 does an attempt that raises, from there on.
 """

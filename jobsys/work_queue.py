@@ -72,8 +72,7 @@ class WorkQueue(queue.Queue):
             self._suspect_runs = True
         self._started[threading.get_ident()] = time.monotonic()
         self.expected.discard(job)
-        if len(self.expected) <= self.low_water and not self.room.is_set():
-            self.room.set()
+        self._signal_room()
         return (0, job)
 
     @property
@@ -102,8 +101,7 @@ class WorkQueue(queue.Queue):
             if self._suspect_runs or self._suspects:
                 self._suspect_runs = False
                 self.not_empty.notify_all()
-        if len(self.expected) <= self.low_water and not self.room.is_set():
-            self.room.set()
+        self._signal_room()
 
     @property
     def could_start(self) -> bool:
@@ -141,6 +139,10 @@ class WorkQueue(queue.Queue):
             self.not_empty.notify_all()
         self.room.set()
         return unstarted
+
+    def _signal_room(self) -> None:
+        if len(self.expected) <= self.low_water and not self.room.is_set():
+            self.room.set()
 
     def _forget(self, jobs: int) -> None:
         self.unfinished_tasks -= jobs
