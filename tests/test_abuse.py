@@ -181,6 +181,7 @@ def test_a_row_that_makes_no_sense_is_a_failure_of_its_own(jobs: Jobs, abused: S
         ("FAILED", {"type": "add", "queue": "plain", "payload": '{"c": 5}', "max_attempts": 1}),
         ("FAILED", {"type": "add", "queue": "plain", "payload": deep, "max_attempts": 1}),
         ("COMPLETED" if sys.version_info >= (3, 13) else "DEAD", {"options": deep}),  # from 3.13 on that is not too deep to be read
+        ("DEAD", {"options": f'{{"a": {"9" * 5000}}}'}),  # more digits than Python reads
         ("DEAD", {"type": "LEDGER", "payload": '{"ledger": ["of", "another", "shape"]}'}),
         ("DEAD", {"type": "LEDGER", "payload": deep}),
     ]

@@ -118,7 +118,12 @@ def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
         claims.work.expected.clear()
         assert [job.message_id for job in claims.take("default", 1)] == ids[2 * THREADS : 3 * THREADS]
         assert asked[:2] == ["wait", "try"]
-        assert [each for each in asked[2:] if each in ("wait", "turn_hangs", None)] == ["wait", "turn_hangs", None, None]
+        assert [each for each in asked[2:] if each not in ("try", "be_busy", "limited_queues", "priorities")] == [
+            "wait",
+            "turn_hangs",
+            None,
+            None,
+        ]
     asked.clear()
     claims._no_turn_until = 0.0
     claims.work.expected.clear()

@@ -121,10 +121,12 @@ def test_however_a_job_fails_it_ends_once_and_is_recorded(system: JobSystem, wor
 
 def test_a_running_job_is_cancelled_in_whichever_process_it_runs(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
     start_worker(WORKER_PROCESSES=2)
-    job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 60})
-    started(ledger)
-    assert system.cancel(job.id, by="me").status in ("PROCESSING", "CANCELLED")  # it may have stopped by then
-    assert until(system, job, "CANCELLED").finished_at is not None
+    asks, deaf = (system.submit(type, {"ledger": str(ledger), "seconds": 60}) for type in ("LEDGER", "DEAF"))
+    started(ledger, 2)
+    system.cancel(asks.id, by="me")
+    assert system.cancel(deaf.id, by="me").status == "PROCESSING"
+    for job in (asks, deaf):
+        assert until(system, job, "CANCELLED").finished_at is not None
     assert not lines(ledger, "end")
 
 
