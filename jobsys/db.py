@@ -261,6 +261,18 @@ def array(values: Iterable[object]) -> str:
 
 
 @contextmanager
+def lent(connection: Any) -> Iterator[None]:
+    """A block on somebody else's connection: its rows are tuples here, whatever its owner wants them to be, and what it raises leaves as
+    `translated` says."""
+    wanted, connection.cursor_factory = connection.cursor_factory, extensions.cursor
+    try:
+        with translated():
+            yield
+    finally:
+        connection.cursor_factory = wanted
+
+
+@contextmanager
 def nested(connection: Any) -> Iterator[None]:
     """A block on somebody else's connection, whose statements happen all or not at all: a transaction of their own in autocommit, else
     part of the one at hand, which stays usable when the block raises."""

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
         return []
     if all(job.plain for job in jobs):
         if len(jobs) == 1:
-            return db.run(connection, "submit_one", **jobs[0]._asdict())
+            return [_answered(answer) for (answer,) in db.run(connection, "submit_one", **jobs[0]._asdict()) if answer is not None]
         with connection.cursor() as cursor:
             # Value by value: psycopg2 takes half as long again to write rows that are tuples.
             cursor.execute(_submit(len(jobs)), [value for job in jobs for value in (*job[:7], job.group_id)])
@@ -65,6 +66,12 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
         columns = zip(Submitted._fields, zip(*jobs[start : start + LARGEST_INSERT], strict=True), strict=True)
         inserted += db.run(connection, "submit_many", **{name: list(column) for name, column in columns})
     return inserted
+
+
+def _answered(answer: str) -> db.Row:
+    """What `submit_job` answers, as the row that the other statements return."""
+    id, status, run_at, created_at = answer.split(" ")
+    return id, status, datetime.fromtimestamp(float(run_at), timezone.utc), datetime.fromtimestamp(float(created_at), timezone.utc)
 
 
 @lru_cache(MANY)

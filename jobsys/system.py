@@ -230,7 +230,7 @@ class JobSystem:
         submission = Submission(type, payload, priority, delay, run_at, max_retries, group_id, idempotency_key, request_id)
         submitted = self._described(submission, ())
         if connection is not None:
-            with db.translated():
+            with db.lent(connection):
                 return self._answer(submitted, partial(insert_one, connection), connection)
         return self.submit_described(submitted)
 
@@ -267,7 +267,7 @@ class JobSystem:
         if connection is None:
             with self.database.transaction(lock_timeout=PATIENCE_FOR_KEYS) as own:
                 return self._write_many(own, write, chain(first, jobs), idempotency_key)
-        with db.translated(), db.nested(connection):
+        with db.lent(connection), db.nested(connection):
             return self._write_many(connection, write, chain(first, jobs), idempotency_key)
 
     def describe(self, submission: Submission) -> Submitted:

@@ -3,7 +3,7 @@
 
 -- name: submit_one
 -- One job that is due now and has no key.
-select * from submit_job(
+select submit_job(
     %(id)s, %(type)s, %(queue)s, %(priority)s::smallint, %(payload)s, %(options)s, %(max_attempts)s::integer, %(group_id)s
 );
 

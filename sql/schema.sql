@@ -245,30 +245,39 @@ end $$;
 create function after_jobs_written() returns trigger
 language plpgsql set search_path from current as $$
 begin
+    -- One row is counted without grouping, which spares a statement that writes one a tenth of its cost.
     if tg_op = 'INSERT' then
-        -- One row is counted without grouping, which spares a single insert a tenth of its cost.
         insert into tally_log (queue, type, status, entered, departed, created)
-        select min(queue), min(type), min(status), 1, 0, 1
-        from (select queue, type, status from written limit 2) as one_or_two
-        having count(*) = 1;
+        select queue, type, status, 1, 0, 1 from written where not exists (select from written offset 1);
         if not found then
             insert into tally_log (queue, type, status, entered, departed, created)
             select queue, type, status, count(*), 0, count(*) from written group by queue, type, status;
         end if;
     else
-        -- Net: a row that stays in its status has neither entered nor left it. (No statement moves rows both into and out of one status.)
         insert into tally_log (queue, type, status, entered, departed)
-        select queue, type, status, greatest(sum(n), 0), greatest(-sum(n), 0)
-        from (
-            select queue, type, status, 1 as n from written
-            union all
-            select queue, type, status, -1 from previous
-        ) as moves
-        group by queue, type, status
-        having sum(n) <> 0;
+        select move.*
+        from written, previous, lateral (
+            values (written.queue, written.type, written.status, 1, 0), (previous.queue, previous.type, previous.status, 0, 1)
+        ) as move
+        where not exists (select from written offset 1)
+            and (written.queue, written.type, written.status) <> (previous.queue, previous.type, previous.status);
+        if not found then
+            -- Net: a row that stays in its status has neither entered nor left it. (No statement moves rows both into and out of one status.)
+            insert into tally_log (queue, type, status, entered, departed)
+            select queue, type, status, greatest(sum(n), 0), greatest(-sum(n), 0)
+            from (
+                select queue, type, status, 1 as n from written
+                union all
+                select queue, type, status, -1 from previous
+            ) as moves
+            group by queue, type, status
+            having sum(n) <> 0;
+        end if;
     end if;
     -- Tell of due jobs whoever waits for them: who sleeps, and who is busy with less urgent ones.
-    if exists (select from workers where asleep <> '{}' or busy_above is not null) then
+    if exists (select from written where status = 'PENDING')
+        and exists (select from workers where asleep <> '{}' or busy_above is not null)
+    then
         perform pg_notify('jobsys', due.queue)
         from (select queue, min(priority) as priority from written where status = 'PENDING' group by queue) as due
         where exists (
@@ -307,17 +316,20 @@ create trigger jobs_deleted after delete on jobs
 -- holds for the triggers' plans, too, while they fire in here; before PostgreSQL 18 a closed way that is taken all the same looks so dear that
 -- it would be compiled each time: no jit.)
 
--- One job that is due now. What is left out has defaults.
+-- One job that is due now. What is left out has defaults. It answers with one text: id, status, and run_at and created_at in seconds since 1970;
+-- a row would be materialized, and planned as a table is, which makes a submission some 15 µs dearer. Null: a trigger has kept no row of it.
 create function submit_job(
     id uuid, type text, queue text, priority smallint, payload jsonb, options jsonb, max_attempts integer, group_id uuid
-) returns table (job_id text, status job_status, run_at timestamptz, created_at timestamptz)
+) returns text
 language plpgsql as $$
 #variable_conflict use_column
+declare
+    answer text;
 begin
-    return query
     insert into jobs (id, type, queue, priority, payload, options, max_attempts, group_id)
     values (id, type, queue, priority, payload, options, max_attempts, group_id)
-    returning jobs.id::text, status, run_at, created_at;
+    returning concat_ws(' ', jobs.id, status, date_part('epoch', run_at), date_part('epoch', created_at)) into answer;
+    return answer;
 end $$;
 
 -- Large claims of a queue take turns. With `for update skip locked` alone they disturb each other: who claims while others do looks up in the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import psycopg2
 import pytest
 from conftest import eventually, execute
+from psycopg2.extras import DictConnection, LoggingConnection, NamedTupleConnection, RealDictConnection
 
 from jobsys import submissions
 from jobsys.errors import DatabaseUnavailable, InvalidSubmission
@@ -283,6 +285,22 @@ def test_many_are_part_of_the_callers_transaction(system: JobSystem, database_ur
         system.submit_many(many(), connection=connection)
         connection.commit()
     assert system.counts()["PENDING"] == 3 * MANY - 1
+
+
+@pytest.mark.parametrize("rows", [RealDictConnection, DictConnection, LoggingConnection, NamedTupleConnection])
+def test_the_callers_connection_may_give_rows_of_any_kind(system: JobSystem, database_url: str, rows: Any) -> None:
+    with contextlib.closing(psycopg2.connect(database_url, connection_factory=rows)) as connection:
+        if rows is LoggingConnection:
+            connection.initialize(io.StringIO())
+        wanted = connection.cursor_factory
+        plain = system.submit("TEST_JOB", connection=connection)
+        keyed = system.submit("TEST_JOB", idempotency_key="k", connection=connection)
+        again = system.submit("TEST_JOB", idempotency_key="k", connection=connection)
+        few = system.submit_many(many()[: MANY // 2], connection=connection)
+        assert connection.cursor_factory is wanted
+        connection.commit()
+    assert again == keyed._replace(replayed=True) and system.job(plain.id) == plain
+    assert {plain.id, keyed.id, *few} == {job.id for job in system.jobs(limit=100).jobs}
 
 
 def test_many_in_a_transaction_the_caller_opened_in_autocommit(system: JobSystem, database_url: str) -> None:
