@@ -30,11 +30,15 @@ LARGEST_CLAIM = 500
 LONGEST_AHEAD = 2.0
 """Seconds within which a queue is looked at from its start again: somebody may have committed late, or given jobs back."""
 STAND_BY = (0.02, 0.25)
-"""Seconds from one try to the next, the first and the longest, of a process that waited for its turn in vain."""
+"""Seconds from one try to the next, the first and the longest, of a process that waited for its turn in vain…"""
+MANY = 16
+"""…or longer, where there are more processes than this: one of them tries soon enough."""
 LINE_UP = 0.4
 """Who stands by waits in line again after so many seconds for each worker process there is, because tries alone may fail for ever…"""
 HANGING = 5.0
 """…and after this many at least. Then it is looked whether somebody has had the turn for that long: such a claim hangs."""
+OCCUPIED = 0.1
+"""Seconds without room for a claim, after which a process wants to hear of no more jobs."""
 IN_VAIN = 60.0
 """Seconds for which, if so, large claims don't ask for their turn."""
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
@@ -134,8 +138,10 @@ class Claims:
         self._busy_above: float | None = None
         """What this process's row says that it is busy with, and until when that needs no correction downwards. UNKNOWN: no answer came."""
         self._busy_until = 0.0
-        self._saying_busy = threading.Lock()
-        """Held while that is said, so that no queue's consumer says otherwise in the same moment."""
+        self._saying = threading.Lock()
+        """Held while it is said how this process stands, so that no queue's consumer says otherwise in the same moment."""
+        self._occupied: list[str] = []
+        """The queues this process slept on before it had no room for long."""
         self._found: dict[str, tuple[float, float]] = {}
         self._emptied: dict[str, float] = {}
         """The queues in which the last claim left nothing, and until when not to look again."""
@@ -190,7 +196,7 @@ class Claims:
             self._rest(queue_name, bell)
             bell.clear()
             with self._turns:
-                room = self._wait_for_room(deadline)
+                room = self._wait_for(self._room, deadline)
                 if room == 0 or self.closed:
                     return []
                 large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
@@ -207,6 +213,7 @@ class Claims:
                 return jobs
             if (standing := self._standing_by.get(queue_name)) is not None:
                 shortest, longest = STAND_BY
+                longest *= max(1.0, self.workers / MANY)
                 self._closing.wait(min(shortest * 2**standing.tries, longest) * random.uniform(0.8, 1.2))
                 if time.monotonic() >= deadline:
                     return []
@@ -236,25 +243,27 @@ class Claims:
         jobs, _ = self._claim_fitting([(queue_name, priority) for priority, queue_name in sorted(looks)], self.work.threads)
         return jobs
 
-    def _wait_for_room(self, deadline: float) -> int:
+    def _wait_for(self, room: Callable[[], int], deadline: float) -> int:
+        """The room for another claim, as soon as there is any; 0 when there is none until the deadline. While it is long in coming, jobs
+        that become due are told to others: this process sleeps no more."""
+        occupied_at = time.monotonic() + OCCUPIED
         while not self.closed:
             self.work.room.clear()
-            room = self._room()
-            if room > 0 or self.closed:
-                return room
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if (found := room()) > 0:
+                while self._occupied:
+                    self.wake(self._occupied.pop())  # nobody told it of these
+                return found
+            now = time.monotonic()
+            if now >= deadline:
                 return 0
-            self.work.room.wait(left)
+            if now >= occupied_at:
+                occupied_at = deadline
+                self._occupied += self._say_awake(list(self._naps))
+            self.work.room.wait(min(deadline, occupied_at) - now)
         return 0
 
-    def _wait_for_free_thread(self, deadline: float) -> int:
-        while not self.closed and time.monotonic() < deadline:
-            self.work.room.clear()
-            if self.work.idle_threads > 0 and not self.work.expected:
-                return self.work.idle_threads
-            self.work.room.wait(max(0.0, deadline - time.monotonic()))
-        return 0
+    def _free_threads(self) -> int:
+        return 0 if self.work.expected else self.work.idle_threads
 
     def _room(self) -> int:
         ahead = int(self._pace() * AHEAD)
@@ -409,6 +418,7 @@ class Claims:
         and the others try now and then: when all of 32 took turns, two cores did a sixth fewer jobs."""
         now = time.monotonic()
         standing = self._standing_by.get(queue_name)
+        first = standing is None
         again = now + max(HANGING, LINE_UP * self.workers)
         if standing is None:
             standing = StandBy(0, 0, again)
@@ -420,9 +430,10 @@ class Claims:
                 log.warning("somebody's claim hangs; large claims don't wait for it", queue=queue_name)
                 self._no_turn_until = now + IN_VAIN
         self._standing_by[queue_name] = standing
-        if self.above is None:
-            self.above = PRIORITIES["default"]  # whose threads are idle is the first to go for urgent jobs
-            self.overtake.set()
+        if first:
+            self._say_awake([queue_name])  # it tries by itself…
+            if self.above is None:
+                self._be_busy(PRIORITIES["default"])  # …and whose threads are idle is the first to go for urgent jobs
 
     def _known_priorities(self, queue_name: str, now: float) -> list[int]:
         """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up once in a poll interval, and more
@@ -443,7 +454,7 @@ class Claims:
         gate = self._database.run("look_at_gate", queue=queue_name, types=types)
         if not gate or gate[0][0] > 0:
             return [], gate[0][0] if gate else None
-        room = self._wait_for_free_thread(deadline)
+        room = self._wait_for(self._free_threads, deadline)
         if room <= 0:
             return [], 0.001
         began = time.monotonic()
@@ -476,10 +487,8 @@ class Claims:
         if len(jobs) > self.work.threads and queue_name not in self._overtaken:
             self._be_busy(jobs[len(jobs) // 2].priority)
         brisk = self._briskness(queue_name, len(jobs)) > BRISK
-        if brisk and queue_name in self._naps:
-            # Whether or not it could be said: it may have been. Then this process has to say again that it sleeps, when it does.
-            self._say("wake", queue=queue_name)
-            self._naps.pop(queue_name, None)
+        if brisk:
+            self._say_awake([queue_name])
         left_some = queue_name in self._limited or queue_name in self._overtaken
         if len(jobs) < room and (brisk or queue_name in self._naps) and not left_some:
             self._emptied[queue_name] = time.monotonic() + (GATHER if brisk else NAPS[0])
@@ -489,26 +498,25 @@ class Claims:
         sleeps; then longer and longer."""
         if not self.work.expected and not self._standing_by:
             self.above = None
-        asleep = self._naps  # the heart may replace them just now
-        if queue_name not in asleep:
-            if self._briskness(queue_name, 0) > BRISK / 4:
-                return GATHER
-            self._database.run("sleep", id=self._worker(), queue=queue_name)
-            asleep[queue_name] = 0
-            return 0
-        naps = asleep[queue_name]
-        if naps >= len(NAPS):
-            with self._saying_busy:
-                if self.above is None and self._busy_above is not None:
-                    self._database.run("be_busy", id=self._worker(), above=None)
-                    self._busy_above = None
-        asleep[queue_name] = naps + 1
+        with self._saying:
+            asleep = self._naps  # the heart may replace them just now
+            if queue_name not in asleep:
+                if self._briskness(queue_name, 0) > BRISK / 4:
+                    return GATHER
+                self._database.run("sleep", id=self._worker(), queue=queue_name)
+                asleep[queue_name] = 0
+                return 0
+            naps = asleep[queue_name]
+            if naps >= len(NAPS) and self.above is None and self._busy_above is not None:
+                self._database.run("be_busy", id=self._worker(), above=None)
+                self._busy_above = None
+            asleep[queue_name] = naps + 1
         nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)
 
     def _be_busy(self, above: int) -> None:
         """Jobs of this priority wait in memory. It is worth a write to hear of more urgent ones; to hear of fewer, now and then."""
-        with self._saying_busy:
+        with self._saying:
             self.above = above
             now = time.monotonic()
             if above == self._busy_above:
@@ -517,6 +525,17 @@ class Claims:
                 self._busy_above = above if self._say("be_busy", above=above) else UNKNOWN
                 self._busy_until = now + LATEST_START
                 self.overtake.set()  # one may have come before this was known
+
+    def _say_awake(self, queue_names: Collection[str]) -> list[str]:
+        """Of which of these queues this process need not be told any more."""
+        with self._saying:
+            asleep = [queue_name for queue_name in queue_names if queue_name in self._naps]
+            if asleep:
+                # Whether or not it could be said: it may have been. Then this process has to say again that it sleeps, when it does.
+                self._say("wake", queues=asleep)
+                for queue_name in asleep:
+                    self._naps.pop(queue_name, None)
+        return asleep
 
     def _say(self, statement: str, **parameters: object) -> bool:
         """Say how this process stands; whether that was answered. Jobs are in hand, which must not be lost over it, whatever is wrong."""

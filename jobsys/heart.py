@@ -78,7 +78,7 @@ class Heart(threading.Thread):
         if self._connection is None:
             self._connection = self._database.connect()
             with db.translated(), self._connection.cursor() as cursor:
-                cursor.execute("listen jobsys")
+                cursor.execute(f'listen jobsys; listen "jobsys {self._presence.id}"')  # what is for all, and what is for this worker
             self._beat_at = 0.0
             self._presence.claims.wake_all()
 
@@ -98,6 +98,8 @@ class Heart(threading.Thread):
                 db.run(self._connection, "register_worker", **presence.row())
             self._registered = presence.id
             if self._introduced != presence.id:
+                with self._connection.cursor() as cursor:
+                    cursor.execute(f'listen "jobsys {presence.id}"')
                 # By itself, because registering may have been done, and its answer lost.
                 db.run(self._connection, "declare_types", **presence.broker.declared_types(presence.served))
                 presence.claims.forget()

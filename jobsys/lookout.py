@@ -7,7 +7,6 @@ those claims brings the job all the same.
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -18,8 +17,6 @@ from jobsys.errors import DatabaseUnavailable
 if TYPE_CHECKING:
     from jobsys.presence import Presence
 
-ENOUGH = 4
-"""So many processes go for an urgent job that all are told of; if none does, which is rare, see above."""
 PAUSE = 0.001
 """Seconds between two claims, at least."""
 log = logs.get(__name__)
@@ -37,7 +34,7 @@ class Lookout(threading.Thread):
         while not self._claims.closed:
             self._claims.overtake.wait()
             self._claims.overtake.clear()
-            if self._work.could_start and random.random() * self._claims.workers < ENOUGH:
+            if self._work.could_start:
                 self._overtake()
             time.sleep(PAUSE)
 

@@ -35,7 +35,9 @@ SIGN_OF_LIFE = 1.0
 PATIENCE = 5.0
 """Seconds that a process may be silent beyond WORKER_LOST_AFTER; by then others have its jobs."""
 TICK = 0.1
-"""How soon, in seconds, a signal is heard."""
+"""How soon, in seconds, the supervisor hears a signal, and a process sees what its jobs did to it…"""
+IDLE_TICK = 0.5
+"""…and how soon when none runs."""
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 30.0
 """Seconds a process must have lived for its end not to make the pause before its successor longer."""
@@ -197,10 +199,18 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
         faulthandler.register(signal.SIGQUIT, chain=True)
     os.register_at_fork(after_in_child=_forget_signals)
     ends: list[str] = []
+    told = threading.Lock()
+    told.acquire()
+
+    def end(reason: str) -> None:
+        ends.append(reason)
+        with contextlib.suppress(RuntimeError):  # a bare lock, because a signal may come anywhere: see Supervisor
+            told.release()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ends.append("signal"))  # no more than that: see Supervisor
+        signal.signal(number, lambda *_: end("signal"))
     if lifeline is not None:
-        threading.Thread(target=_watch, args=(lifeline, ends.append), daemon=True).start()
+        threading.Thread(target=_watch, args=(lifeline, end), daemon=True).start()
     system = JobSystem(settings, pool_size=settings.worker_threads + 2)
     while not ends and not _prepared(system):
         time.sleep(10 * TICK)
@@ -220,7 +230,7 @@ def run_process(settings: Settings, *, lifeline: int | None = None) -> int:
     worker.start()
     presence = system.broker.attend(threads=settings.worker_threads)
     while not ends and not presence.must_end.is_set():
-        time.sleep(TICK)
+        told.acquire(timeout=TICK if presence.running else IDLE_TICK)
         if reason := unfit():
             log.error("this process is not fit to go on, and will be replaced", reason=reason)
             presence.must_end.set()
@@ -302,7 +312,7 @@ def limit_ingestion(system: JobSystem) -> None:
         system.database.run("limited_queues")
 
 
-def _watch(lifeline: int, end: Any) -> None:
+def _watch(lifeline: int, end: Callable[[str], None]) -> None:
     """Give the supervisor signs of life until its end of the line closes, which happens when it dies."""
     with contextlib.suppress(OSError), socket.socket(fileno=lifeline) as line:
         line.settimeout(SIGN_OF_LIFE)

@@ -300,15 +300,18 @@ returning (select count(*) from workers);
 update workers set suspect = %(job)s::uuid where id = %(id)s returning id::text;
 
 -- name: sleep
--- From here on whoever makes a job of this queue due sends a notification. Look once more before waiting for it.
+-- From here on whoever makes a job of this queue due may send this worker a notification. Look once more before waiting for it.
 update workers set asleep = array_append(asleep, %(queue)s) where id = %(id)s and not %(queue)s = any(asleep);
 
 -- name: be_busy
--- From here on whoever makes a job due that is more urgent than this sends a notification; null: only sleepers want any.
+-- From here on whoever makes a job due that is more urgent than this may send a notification; null: only sleepers want any.
 update workers set busy_above = %(above)s where id = %(id)s;
 
 -- name: wake
-update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s and %(queue)s = any(asleep);
+-- It does not wait for jobs of these queues any more: others are to be told of them.
+update workers
+set asleep = array(select queue from unnest(asleep) as queue where queue <> all(%(queues)s::text[]))
+where id = %(id)s and asleep && %(queues)s::text[];
 
 -- name: report_death
 -- Said by a supervisor that saw its worker process die: nobody has to wait for its heart. Another machine may have a process of the same

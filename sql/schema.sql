@@ -274,16 +274,21 @@ begin
             having sum(n) <> 0;
         end if;
     end if;
-    -- Tell of due jobs whoever waits for them: who sleeps, and who is busy with less urgent ones.
+    -- Tell of due jobs a few of those who wait for them: who sleeps, or else who is busy with less urgent ones. (One of them takes a job; told all,
+    -- 32 idle processes needed 28 ms of CPU to find it gone.)
     if exists (select from written where status = 'PENDING')
         and exists (select from workers where asleep <> '{}' or busy_above is not null)
     then
-        perform pg_notify('jobsys', due.queue)
-        from (select queue, min(priority) as priority from written where status = 'PENDING' group by queue) as due
-        where exists (
-            select from workers
-            where due.queue = any(workers.asleep) or due.priority < workers.busy_above and due.queue = any(workers.queues)
-        );
+        perform pg_notify('jobsys ' || told.id, due.queue)
+        from (select queue, type, min(priority) as priority from written where status = 'PENDING' group by queue, type) as due
+        cross join lateral (
+            select id
+            from workers
+            where heartbeat_at > '-infinity'
+                and (due.queue = any(asleep) or due.priority < busy_above and due.queue = any(queues))
+            order by due.queue = any(asleep) desc, due.type = any(types) desc, random()
+            limit 4
+        ) as told;
     end if;
     return null;
 end $$;
@@ -410,6 +415,17 @@ begin
     end loop;
     if found_ids = '{}' then
         return;
+    end if;
+    if cardinality(found_ids) = most then
+        -- There may be more than this worker takes: the more it took, the more others are told.
+        perform pg_notify('jobsys ' || told.id, told.queue)
+        from (
+            select workers.id, queue_names[1] as queue
+            from workers
+            where queue_names[1] = any(asleep) and workers.id <> worker_id and heartbeat_at > '-infinity'
+            order by random()
+            limit 4 * most
+        ) as told;
     end if;
     set local synchronous_commit = off;
     return query

@@ -117,8 +117,8 @@ def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
         assert [job.message_id for job in claims.take("default", 5)] == ids[THREADS : 2 * THREADS]
         claims.work.expected.clear()
         assert [job.message_id for job in claims.take("default", 1)] == ids[2 * THREADS : 3 * THREADS]
-        assert asked[:2] == ["wait", "try"]
-        assert [each for each in asked[2:] if each not in ("try", "be_busy", "limited_queues", "priorities")] == [
+        assert asked[:3] == ["wait", "be_busy", "try"]
+        assert [each for each in asked[3:] if each not in ("try", "be_busy", "limited_queues", "priorities")] == [
             "wait",
             "turn_hangs",
             None,
@@ -141,7 +141,7 @@ def test_who_does_not_get_its_turn_stands_by(
         assert claims.take("default", 0.3) == []
         monkeypatch.setattr(claims, "_room", lambda: 1)
         assert claims.take("default", 0.1) == []
-        assert asked[:2] == ["wait", "try"] and set(asked[2:]) == {"try"}, "no small claims instead, and nobody is told that it sleeps"
+        assert asked[:3] == ["wait", "be_busy", "try"] and set(asked[3:]) == {"try"}, "no small claims instead, and it does not sleep"
         urgent = system.submit("TEST_JOB", priority="high").id
         assert [job.message_id for job in claims.claim_urgent()] == [urgent]
         claims.work.expected.clear()
@@ -253,6 +253,29 @@ def test_a_process_sleeps_when_it_finds_nothing_and_is_awake_while_work_comes_br
     assert len(claims.take("default", 1)) == THREADS and asleep(database_url) == []
     claims.work.expected.clear()
     assert claims.take("default", 2) == [] and asleep(database_url) == ["default"]
+
+
+def test_a_process_without_room_is_told_of_nothing_and_then_looks_at_every_queue_it_slept_on(
+    system: JobSystem, claims: Claims, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims._poll_interval = 60.0
+    system.limit("ingestion", rate=None)
+    for queue in ("default", "ingestion"):
+        assert claims.take(queue, 0.3) == []
+    assert asleep(database_url) == ["default", "ingestion"]
+    found: list[RunningJob] = []
+    taking = threading.Thread(target=lambda: found.extend(claims.take("ingestion", 60)), daemon=True)
+    taking.start()  # sleeps for a minute, unless it is told
+    with monkeypatch.context() as full:
+        full.setattr(claims, "_room", lambda: 0)
+        assert claims.take("default", 0.05) == [] and asleep(database_url) == ["default", "ingestion"]
+        assert claims.take("default", 0.3) == [] and asleep(database_url) == []
+        system.submit("INGEST_BATCH", {"ids": [1]})
+        time.sleep(0.3)
+        assert not found
+    assert claims.take("default", 0.1) == []
+    taking.join(20)
+    assert [job.queue_name for job in found] == ["ingestion"]
 
 
 def test_a_paced_queue_is_not_given_a_rest_that_its_pace_does_not_ask_for(system: JobSystem, claims: Claims, database_url: str) -> None:

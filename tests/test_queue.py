@@ -322,25 +322,77 @@ def test_totals_survive_pruning(system: JobSystem, worker: Worker, database_url:
 def test_only_who_waits_for_a_job_is_told_of_it(system: JobSystem, worker: Worker, database_url: str) -> None:
     with contextlib.closing(psycopg2.connect(database_url)) as listener:
         listener.autocommit = True
-        listener.cursor().execute("listen jobsys")
+        listener.cursor().execute(f'listen "jobsys {worker.id}"')
 
         def told(**job: Any) -> list[str]:
             system.submit("TEST_JOB", **job)
-            listener.cursor().execute("select")
-            listener.poll()
-            names = [notification.payload for notification in listener.notifies]
-            listener.notifies.clear()
-            return names
+            return [notification.payload for notification in heard(listener)]
 
         assert told() == [], "nobody sleeps, nobody is busy"
         system.database.run("sleep", id=worker.id, queue="default")
         assert told(priority="low") == ["default"]
-        system.database.run("wake", id=worker.id, queue="default")
+        system.database.run("wake", id=worker.id, queues=["default"])
         system.database.run("be_busy", id=worker.id, above=0)
         assert told() == [] and told(priority="low") == [] and told(priority="high", delay=60) == []
         assert told(priority="high") == ["default"]
         execute(database_url, "update workers set queues = array['another']")
         assert told(priority="high") == []
+
+
+def heard(listener: Any) -> list[Any]:
+    """The notifications that have come since last asked."""
+    listener.cursor().execute("select")
+    listener.poll()
+    notifications = list(listener.notifies)
+    listener.notifies.clear()
+    return notifications
+
+
+def test_of_many_workers_that_wait_a_few_are_told(system: JobSystem, database_url: str) -> None:
+    crowd = [Worker(system.database, types=types, queues=["default", "another"]) for types in [["OTHER"]] * 10 + [["TEST_JOB"]] * 10]
+    ignorant, knowing = ({each.id for each in some} for some in (crowd[:10], crowd[10:]))
+    with contextlib.closing(psycopg2.connect(database_url)) as listener:
+        listener.autocommit = True
+        listener.cursor().execute(";".join(f'listen "jobsys {each.id}"' for each in crowd))
+
+        def told(priority: str = "default") -> set[str]:
+            system.submit("TEST_JOB", priority=priority)
+            return {notification.channel.removeprefix("jobsys ") for notification in heard(listener)}
+
+        for each in crowd:
+            system.database.run("sleep", id=each.id, queue="default")
+            system.database.run("sleep", id=each.id, queue="another")
+        rounds = [told() for _ in range(60)]
+        assert {len(each) for each in rounds} == {4} and set.union(*rounds) == knowing, "each has its chance"
+
+        dead = [each for each in crowd[10:18]]
+        execute(database_url, "update workers set heartbeat_at = '-infinity' where id = any(%s::uuid[])", [each.id for each in dead])
+        assert len(told() & ignorant) == 2, "who does not know the type is asked last"
+
+        for each in crowd[18:]:
+            system.database.run("wake", id=each.id, queues=["default"])
+            system.database.run("be_busy", id=each.id, above=0)
+        assert not told("high") & knowing, "who is busy need not be disturbed while others sleep"
+        for each in crowd[:10]:
+            system.database.run("wake", id=each.id, queues=["default", "unknown"])
+        assert told("high") == {each.id for each in crowd[18:]} and told() == set()
+    assert execute(database_url, "select distinct asleep from workers where id = %s", crowd[0].id) == [(["another"],)]
+
+
+def test_a_claim_that_may_have_left_some_tells_others_that_sleep(system: JobSystem, worker: Worker, database_url: str) -> None:
+    sleepers = {Worker(system.database).id for _ in range(9)}
+    awake = Worker(system.database).id
+    with contextlib.closing(psycopg2.connect(database_url)) as listener:
+        listener.autocommit = True
+        listener.cursor().execute(";".join(f'listen "jobsys {id}"' for id in [worker.id, awake, *sleepers]))
+        system.submit_many(Submission("TEST_JOB") for _ in range(7))
+        for id in [worker.id, *sleepers]:
+            system.database.run("sleep", id=id, queue="default")
+        for n, found, told in ((1, 1, 4), (2, 2, 8), (3, 3, 9), (2, 1, 0)):
+            assert len(worker.claim(n)) == found
+            notifications = heard(listener)
+            assert len(notifications) == told and {each.payload for each in notifications} <= {"default"}
+            assert {each.channel for each in notifications} <= {f"jobsys {id}" for id in sleepers}
 
 
 def test_a_plain_insert_in_sql_is_a_job_like_any_other(system: JobSystem, worker: Worker, database_url: str) -> None:

@@ -398,6 +398,16 @@ def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem,
     assert most == 2
 
 
+def test_a_crowd_of_slow_jobs_wakes_every_process(system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str) -> None:
+    start_worker(WORKER_PROCESSES=6, WORKER_THREADS=2, POLL_INTERVAL=60)
+    asleep = "select count(*) from workers where asleep @> queues"
+    eventually(lambda: execute(database_url, asleep) == [(6,)], 30)
+    time.sleep(0.5)  # also past the first, shorter looks
+    system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 3}) for _ in range(12))
+    eventually(lambda: len(lines(ledger)) >= 12, 20)
+    assert [line.split()[0] for line in lines(ledger)] == ["start"] * 12
+
+
 def test_a_job_that_nobody_is_told_of_is_found_by_looking(system: JobSystem, worker: Running, database_url: str) -> None:
     until(system, system.submit("TEST_JOB"), "COMPLETED")
     eventually(lambda: execute(database_url, "select cardinality(asleep) from workers") > [(0,)])
