@@ -30,15 +30,15 @@ LARGEST_CLAIM = 500
 LONGEST_AHEAD = 2.0
 """Seconds within which a queue is looked at from its start again: somebody may have committed late, or given jobs back."""
 STAND_BY = (0.02, 0.25)
-"""Seconds from one try to the next, the first and the longest, of a process that waited for its turn in vain…"""
+"""Seconds from one try to the next, the first and the longest, of a process that waited for its turn in vain."""
 MANY = 16
-"""…or longer, where there are more processes than this: one of them tries soon enough."""
+"""From so many processes on the longest is longer, up to a second: one of them tries soon enough."""
 LINE_UP = 0.4
 """Who stands by waits in line again after so many seconds for each worker process there is, because tries alone may fail for ever…"""
 HANGING = 5.0
 """…and after this many at least. Then it is looked whether somebody has had the turn for that long: such a claim hangs."""
 OCCUPIED = 0.1
-"""Seconds without room for a claim, after which a process wants to hear of no more jobs."""
+"""Seconds without room for a claim, after which others are to be told first of jobs."""
 IN_VAIN = 60.0
 """Seconds for which, if so, large claims don't ask for their turn."""
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
@@ -140,8 +140,8 @@ class Claims:
         self._busy_until = 0.0
         self._saying = threading.Lock()
         """Held while it is said how this process stands, so that no queue's consumer says otherwise in the same moment."""
-        self._occupied: list[str] = []
-        """The queues this process slept on before it had no room for long."""
+        self._occupied = False
+        """Whether this process's row says, or may say, that it has had no room for long."""
         self._found: dict[str, tuple[float, float]] = {}
         self._emptied: dict[str, float] = {}
         """The queues in which the last claim left nothing, and until when not to look again."""
@@ -159,12 +159,13 @@ class Claims:
         """Whether nothing is claimed any more."""
         return self._closing.is_set()
 
-    def wake(self, queue_name: str) -> None:
-        """Somebody says that a job of this queue is due."""
+    def wake(self, queue_name: str) -> bool:
+        """Somebody says that a job of this queue is due. False: no thread is free for it, and another process should be told."""
         if bell := self._bells.get(queue_name):
             bell.set()
         if self.above is not None:
             self.overtake.set()
+        return self.above is not None or self.work.idle_threads > 0
 
     def may_wait_for(self, job: RunningJob) -> bool:
         """Whether others of its queue or its type may only be claimed when it has ended, and that is written."""
@@ -213,7 +214,7 @@ class Claims:
                 return jobs
             if (standing := self._standing_by.get(queue_name)) is not None:
                 shortest, longest = STAND_BY
-                longest *= max(1.0, self.workers / MANY)
+                longest *= min(max(1.0, self.workers / MANY), 4.0)
                 self._closing.wait(min(shortest * 2**standing.tries, longest) * random.uniform(0.8, 1.2))
                 if time.monotonic() >= deadline:
                     return []
@@ -244,21 +245,19 @@ class Claims:
         return jobs
 
     def _wait_for(self, room: Callable[[], int], deadline: float) -> int:
-        """The room for another claim, as soon as there is any; 0 when there is none until the deadline. While it is long in coming, jobs
-        that become due are told to others: this process sleeps no more."""
+        """The room for another claim, as soon as there is any; 0 when there is none until the deadline. While it is long in coming, others
+        are told first of jobs."""
         occupied_at = time.monotonic() + OCCUPIED
         while not self.closed:
             self.work.room.clear()
             if (found := room()) > 0:
-                while self._occupied:
-                    self.wake(self._occupied.pop())  # nobody told it of these
                 return found
             now = time.monotonic()
             if now >= deadline:
                 return 0
             if now >= occupied_at:
-                occupied_at = deadline
-                self._occupied += self._say_awake(list(self._naps))
+                occupied_at = now + OCCUPIED
+                self._be_occupied()
             self.work.room.wait(min(deadline, occupied_at) - now)
         return 0
 
@@ -431,7 +430,7 @@ class Claims:
                 self._no_turn_until = now + IN_VAIN
         self._standing_by[queue_name] = standing
         if first:
-            self._say_awake([queue_name])  # it tries by itself…
+            self._be_awake(queue_name)  # it tries by itself…
             if self.above is None:
                 self._be_busy(PRIORITIES["default"])  # …and whose threads are idle is the first to go for urgent jobs
 
@@ -488,7 +487,7 @@ class Claims:
             self._be_busy(jobs[len(jobs) // 2].priority)
         brisk = self._briskness(queue_name, len(jobs)) > BRISK
         if brisk:
-            self._say_awake([queue_name])
+            self._be_awake(queue_name)
         left_some = queue_name in self._limited or queue_name in self._overtaken
         if len(jobs) < room and (brisk or queue_name in self._naps) and not left_some:
             self._emptied[queue_name] = time.monotonic() + (GATHER if brisk else NAPS[0])
@@ -510,6 +509,9 @@ class Claims:
             if naps >= len(NAPS) and self.above is None and self._busy_above is not None:
                 self._database.run("be_busy", id=self._worker(), above=None)
                 self._busy_above = None
+            if self._occupied:
+                self._database.run("be_occupied", id=self._worker(), occupied=False)
+                self._occupied = False
             asleep[queue_name] = naps + 1
         nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
         return nap if pause is None else min(pause, self._poll_interval)
@@ -526,16 +528,20 @@ class Claims:
                 self._busy_until = now + LATEST_START
                 self.overtake.set()  # one may have come before this was known
 
-    def _say_awake(self, queue_names: Collection[str]) -> list[str]:
-        """Of which of these queues this process need not be told any more."""
+    def _be_awake(self, queue_name: str) -> None:
+        """This process need not be told of jobs of this queue."""
         with self._saying:
-            asleep = [queue_name for queue_name in queue_names if queue_name in self._naps]
-            if asleep:
+            if queue_name in self._naps:
                 # Whether or not it could be said: it may have been. Then this process has to say again that it sleeps, when it does.
-                self._say("wake", queues=asleep)
-                for queue_name in asleep:
-                    self._naps.pop(queue_name, None)
-        return asleep
+                self._say("wake", queue=queue_name)
+                self._naps.pop(queue_name, None)
+
+    def _be_occupied(self) -> None:
+        """Others are to be told of jobs first. That holds until a queue is found empty while there is room."""
+        with self._saying:
+            if not self._occupied:
+                self._occupied = True
+                self._say("be_occupied", occupied=True)
 
     def _say(self, statement: str, **parameters: object) -> bool:
         """Say how this process stands; whether that was answered. Jobs are in hand, which must not be lost over it, whatever is wrong."""
@@ -569,6 +575,7 @@ class Claims:
         """This process is a new worker now: nobody knows what it waits for, or only what it has just said."""
         self._naps = {}
         self._busy_above = UNKNOWN
+        self._occupied = True
         self.wake_all()
 
 

@@ -260,16 +260,18 @@ def array(values: Iterable[object]) -> str:
     return "{" + ",".join('"' + str(value).replace("\\", r"\\").replace('"', r"\"") + '"' for value in values) + "}"
 
 
-@contextmanager
-def lent(connection: Any) -> Iterator[None]:
-    """A block on somebody else's connection: its rows are tuples here, whatever its owner wants them to be, and what it raises leaves as
-    `translated` says."""
-    wanted, connection.cursor_factory = connection.cursor_factory, extensions.cursor
-    try:
-        with translated():
-            yield
-    finally:
-        connection.cursor_factory = wanted
+class Lent:
+    """Somebody else's connection: rows are tuples to us, whatever its owner wants them to be."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def cursor(self) -> Any:
+        """A cursor that returns tuples."""
+        return self._connection.cursor(cursor_factory=extensions.cursor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
 
 
 @contextmanager

@@ -28,6 +28,8 @@ COOPERATION = 1.0
 STUBBORNNESS = 5.0
 """Seconds after which a job that ignored that too costs its process."""
 TICK = 0.1
+PAUSE = 0.01
+"""Seconds from one time that a job is passed on to the next: where all are full, it would go round and round."""
 log = logs.get(__name__)
 
 
@@ -46,12 +48,15 @@ class Heart(threading.Thread):
         self._woken, self._wake = os.pipe()
         self._beat_at = 0.0
         self._look_for_stops_at = 0.0
+        self._pass_on_at = 0.0
+        self._in_peace = False
 
     def run(self) -> None:
         while not self._stopped.is_set():
             try:
                 self._listen()
                 self._beat()
+                self._leave_in_peace()
                 self._hear()
                 self._ask_for_stops()
                 self._enforce_stops()
@@ -107,21 +112,31 @@ class Heart(threading.Thread):
         self._beat_at = time.monotonic() + presence.settings.worker_heartbeat
         self.first_beat.set()
 
+    def _leave_in_peace(self) -> None:
+        """A process that claims nothing any more is not to be told of jobs in others' place."""
+        if self._presence.claims.closed and not self._in_peace:
+            with db.translated():
+                db.run(self._connection, "leave_in_peace", id=self._presence.id)
+            self._in_peace = True
+
     def _hear(self) -> None:
         """Wait for a notification: until the next beat, or only for a tick while jobs run whose time may end."""
         wait = max(0.0, min(self._beat_at - time.monotonic(), TICK if self._presence.running else 1.0))
+        if self._connection.notifies:  # came together with the answer to a statement
+            wait = 0.0
         with db.translated():
             listening = select.poll()
             for descriptor in (self._connection.fileno(), self._woken):
                 listening.register(descriptor, select.POLLIN)
             if any(descriptor != self._woken for descriptor, _ in listening.poll(wait * 1000)):
                 self._connection.poll()
-                while self._connection.notifies:
-                    queue_name = self._connection.notifies.pop(0).payload
-                    if queue_name:
-                        self._presence.claims.wake(queue_name)
-                    else:
-                        self._look_for_stops_at = 0.0
+            while self._connection.notifies:
+                queue_name = self._connection.notifies.pop(0).payload
+                if not queue_name:
+                    self._look_for_stops_at = 0.0
+                elif not self._presence.claims.wake(queue_name) and time.monotonic() >= self._pass_on_at:
+                    self._pass_on_at = time.monotonic() + PAUSE
+                    db.run(self._connection, "pass_on", id=self._presence.id, queue=queue_name)
 
     def _ask_for_stops(self) -> None:
         presence = self._presence

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ IDLE = 5.0
 """Seconds after which the thread that inserts for others ends, when it had nothing to do."""
 MANY = 100
 """From so many on, jobs are streamed: before that, COPY would cost more than it spares."""
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 log = logs.get(__name__)
 
 
@@ -71,7 +72,7 @@ def insert(connection: Any, jobs: list[Submitted]) -> list[db.Row]:
 def _answered(answer: str) -> db.Row:
     """What `submit_job` answers, as the row that the other statements return."""
     id, status, run_at, created_at = answer.split(" ")
-    return id, status, datetime.fromtimestamp(float(run_at), timezone.utc), datetime.fromtimestamp(float(created_at), timezone.utc)
+    return id, status, EPOCH + timedelta(microseconds=int(run_at)), EPOCH + timedelta(microseconds=int(created_at))
 
 
 @lru_cache(MANY)

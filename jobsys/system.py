@@ -230,7 +230,8 @@ class JobSystem:
         submission = Submission(type, payload, priority, delay, run_at, max_retries, group_id, idempotency_key, request_id)
         submitted = self._described(submission, ())
         if connection is not None:
-            with db.lent(connection):
+            connection = db.Lent(connection)
+            with db.translated():
                 return self._answer(submitted, partial(insert_one, connection), connection)
         return self.submit_described(submitted)
 
@@ -267,7 +268,8 @@ class JobSystem:
         if connection is None:
             with self.database.transaction(lock_timeout=PATIENCE_FOR_KEYS) as own:
                 return self._write_many(own, write, chain(first, jobs), idempotency_key)
-        with db.lent(connection), db.nested(connection):
+        connection = db.Lent(connection)
+        with db.translated(), db.nested(connection):
             return self._write_many(connection, write, chain(first, jobs), idempotency_key)
 
     def describe(self, submission: Submission) -> Submitted:

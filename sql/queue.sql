@@ -308,10 +308,24 @@ update workers set asleep = array_append(asleep, %(queue)s) where id = %(id)s an
 update workers set busy_above = %(above)s where id = %(id)s;
 
 -- name: wake
--- It does not wait for jobs of these queues any more: others are to be told of them.
-update workers
-set asleep = array(select queue from unnest(asleep) as queue where queue <> all(%(queues)s::text[]))
-where id = %(id)s and asleep && %(queues)s::text[];
+update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s and %(queue)s = any(asleep);
+
+-- name: leave_in_peace
+-- A worker that is about to end wants to hear of no more jobs.
+update workers set asleep = '{}', busy_above = null where id = %(id)s;
+
+-- name: pass_on
+-- This worker was told of a job, and has no free thread.
+select pg_notify('jobsys ' || another.id, %(queue)s)
+from (
+    select id from workers
+    where %(queue)s = any(asleep) and id <> %(id)s and not occupied and heartbeat_at > '-infinity'
+    order by random()
+    limit 1
+) as another;
+
+-- name: be_occupied
+update workers set occupied = %(occupied)s where id = %(id)s;
 
 -- name: report_death
 -- Said by a supervisor that saw its worker process die: nobody has to wait for its heart. Another machine may have a process of the same

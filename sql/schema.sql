@@ -14,7 +14,8 @@
 -- nothing for history. `events` holds what a job logs and what operators do. `queues` has a row for each queue that is paused or limited.
 --
 -- Counting never reads `jobs`: triggers append what each statement changed to `tally_log`, and reading sums it into `tallies`.
--- The same triggers tell workers of due jobs, with NOTIFY, only when one sleeps or is busy with less urgent ones. So a plain `insert into jobs` from any
+-- The same triggers tell workers of due jobs, with NOTIFY, only when one sleeps or is busy with less urgent ones, and few where a commit follows at
+-- once: who is told and can't take a job, or leaves some, tells others. So a plain `insert into jobs` from any
 -- client, inside any transaction, is counted, notified and run like every other job.
 --
 -- The statements that work on these tables are in queue.sql (the broker's) and jobs.sql (reads and the operator's verbs).
@@ -141,6 +142,7 @@ create table workers (
     session_start timestamptz not null,     -- and since when, because pids are used again
     asleep        text[]      not null default '{}',  -- the queues it waits on for a notification
     busy_above    smallint,                           -- what it has in memory has this priority: it wants to hear of more urgent jobs
+    occupied      boolean     not null default false, -- it has had no free thread for a while: others are told first
     held_back     text[]      not null default '{}',  -- the types it tries only now and then, because all their jobs fail alike
     suspect       uuid                                -- the job it runs alone, because that may be a killer
 ) with (fillfactor = 50);
@@ -274,8 +276,9 @@ begin
             having sum(n) <> 0;
         end if;
     end if;
-    -- Tell of due jobs a few of those who wait for them: who sleeps, or else who is busy with less urgent ones. (One of them takes a job; told all,
-    -- 32 idle processes needed 28 ms of CPU to find it gone.)
+    -- Tell of due jobs who waits for them: who sleeps, or else who is busy with less urgent ones. Where the commit follows at once, four of them, and
+    -- those that may take a job at once before others: when all were told, 32 idle processes needed 28 ms of CPU for one, most of it to find it gone.
+    -- Where it may be long in coming, all: who is idle then is not known now. And of a queue with limits all, because each has to know of those.
     if exists (select from written where status = 'PENDING')
         and exists (select from workers where asleep <> '{}' or busy_above is not null)
     then
@@ -286,8 +289,15 @@ begin
             from workers
             where heartbeat_at > '-infinity'
                 and (due.queue = any(asleep) or due.priority < busy_above and due.queue = any(queues))
-            order by due.queue = any(asleep) desc, due.type = any(types) desc, random()
-            limit 4
+            order by due.type = any(types) and due.type <> all(held_back) desc,
+                occupied or heartbeat_at < clock_timestamp() - heartbeat * 1.5,
+                due.queue = any(asleep) desc,
+                random()
+            limit case
+                when statement_timestamp() = transaction_timestamp()
+                    and not exists (select from queues where name = due.queue and (rate_count is not null or max_running is not null))
+                then 4
+            end
         ) as told;
     end if;
     return null;
@@ -321,7 +331,7 @@ create trigger jobs_deleted after delete on jobs
 -- holds for the triggers' plans, too, while they fire in here; before PostgreSQL 18 a closed way that is taken all the same looks so dear that
 -- it would be compiled each time: no jit.)
 
--- One job that is due now. What is left out has defaults. It answers with one text: id, status, and run_at and created_at in seconds since 1970;
+-- One job that is due now. What is left out has defaults. It answers with one text: id, status, and run_at and created_at in µs since 1970;
 -- a row would be materialized, and planned as a table is, which makes a submission some 15 µs dearer. Null: a trigger has kept no row of it.
 create function submit_job(
     id uuid, type text, queue text, priority smallint, payload jsonb, options jsonb, max_attempts integer, group_id uuid
@@ -333,7 +343,9 @@ declare
 begin
     insert into jobs (id, type, queue, priority, payload, options, max_attempts, group_id)
     values (id, type, queue, priority, payload, options, max_attempts, group_id)
-    returning concat_ws(' ', jobs.id, status, date_part('epoch', run_at), date_part('epoch', created_at)) into answer;
+    returning concat_ws(
+        ' ', jobs.id, status, (extract(epoch from run_at) * 1000000)::bigint, (extract(epoch from created_at) * 1000000)::bigint
+    ) into answer;
     return answer;
 end $$;
 
@@ -422,7 +434,7 @@ begin
         from (
             select workers.id, queue_names[1] as queue
             from workers
-            where queue_names[1] = any(asleep) and workers.id <> worker_id and heartbeat_at > '-infinity'
+            where queue_names[1] = any(asleep) and workers.id <> worker_id and not occupied and heartbeat_at > '-infinity'
             order by random()
             limit 4 * most
         ) as told;

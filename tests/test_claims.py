@@ -255,27 +255,24 @@ def test_a_process_sleeps_when_it_finds_nothing_and_is_awake_while_work_comes_br
     assert claims.take("default", 2) == [] and asleep(database_url) == ["default"]
 
 
-def test_a_process_without_room_is_told_of_nothing_and_then_looks_at_every_queue_it_slept_on(
+def test_a_process_says_when_it_has_had_no_room_for_a_while(
     system: JobSystem, claims: Claims, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claims._poll_interval = 60.0
-    system.limit("ingestion", rate=None)
-    for queue in ("default", "ingestion"):
-        assert claims.take(queue, 0.3) == []
-    assert asleep(database_url) == ["default", "ingestion"]
-    found: list[RunningJob] = []
-    taking = threading.Thread(target=lambda: found.extend(claims.take("ingestion", 60)), daemon=True)
-    taking.start()  # sleeps for a minute, unless it is told
+    def occupied() -> bool:
+        return execute(database_url, "select occupied from workers") == [(True,)]
+
+    assert claims.take("default", 0.1) == [] and not occupied()
     with monkeypatch.context() as full:
         full.setattr(claims, "_room", lambda: 0)
-        assert claims.take("default", 0.05) == [] and asleep(database_url) == ["default", "ingestion"]
-        assert claims.take("default", 0.3) == [] and asleep(database_url) == []
-        system.submit("INGEST_BATCH", {"ids": [1]})
-        time.sleep(0.3)
-        assert not found
-    assert claims.take("default", 0.1) == []
-    taking.join(20)
-    assert [job.queue_name for job in found] == ["ingestion"]
+        assert claims.take("default", 0.05) == [] and not occupied()
+        assert claims.take("default", 0.3) == [] and occupied()
+    assert asleep(database_url) == ["default"], "it is told all the same, should there be nobody else"
+    system.submit_many(Submission("TEST_JOB") for _ in range(2 * THREADS))
+    assert len(claims.take("default", 0.1)) == THREADS and occupied(), "those that came while it was full leave it full"
+    claims.work.expected.clear()
+    assert len(claims.take("default", 0.1)) == THREADS
+    claims.work.expected.clear()
+    assert claims.take("default", 0.3) == [] and not occupied()
 
 
 def test_a_paced_queue_is_not_given_a_rest_that_its_pace_does_not_ask_for(system: JobSystem, claims: Claims, database_url: str) -> None:

@@ -294,8 +294,8 @@ class Round:
         nothing = {"held": [], "running": [], "expected": 0, "unwritten": 0, "suspect": None, "connections": 0}
         assert now == nothing | {"threads": self.plant.threads}, str(now)
         assert self.plant.ask("select count(*) from job_types") == [(self.plant.types,)]
-        rows = self.plant.ask("select queues <@ asleep, busy_above, suspect from workers")
-        assert rows == [(True, None, None)], f"it waits otherwise than its row says: {rows}"
+        rows = self.plant.ask("select queues <@ asleep, busy_above, occupied, suspect from workers")
+        assert rows == [(True, None, False, None)], f"it waits otherwise than its row says: {rows}"
         return True
 
 
@@ -373,6 +373,17 @@ def keep_the_turn(round: Round) -> None:
             time.sleep(0.5)
 
 
+def occupy(round: Round) -> None:
+    """Every thread gets a job that takes a while, of which it was told, and then the process is told of more."""
+    deadline = time.monotonic() + 20
+    while not round.plant.struck and time.monotonic() < deadline:
+        eventually(lambda: not round.complaints(), timeout=20)
+        eventually(lambda: round.plant.ask("select id from workers where queues <@ asleep"), timeout=20)
+        for _ in range(12):
+            label = round.expect(f"slow {len(round.expected)}", "COMPLETED")
+            round.plant.system.submit("LEDGER", round.payload(label, seconds=0.5))
+
+
 def end(round: Round, how: signal.Signals, starts: int) -> None:
     """End the worker process while a job runs."""
     eventually(lambda: not round.complaints(), timeout=20)
@@ -391,6 +402,9 @@ PROVOKED: dict[str, tuple[Callable[[Plant], None] | None, Callable[[Round], None
     "free": (None, lock_a_job),
     "report_death": (None, kill),
     "turn_hangs": (None, keep_the_turn),
+    "be_occupied": (None, occupy),
+    "pass_on": (None, occupy),
+    "leave_in_peace": (None, restart),
 }
 """What makes a worker run the statements that it runs only now and then."""
 

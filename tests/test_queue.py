@@ -331,7 +331,7 @@ def test_only_who_waits_for_a_job_is_told_of_it(system: JobSystem, worker: Worke
         assert told() == [], "nobody sleeps, nobody is busy"
         system.database.run("sleep", id=worker.id, queue="default")
         assert told(priority="low") == ["default"]
-        system.database.run("wake", id=worker.id, queues=["default"])
+        system.database.run("wake", id=worker.id, queue="default")
         system.database.run("be_busy", id=worker.id, above=0)
         assert told() == [] and told(priority="low") == [] and told(priority="high", delay=60) == []
         assert told(priority="high") == ["default"]
@@ -350,44 +350,53 @@ def heard(listener: Any) -> list[Any]:
 
 def test_of_many_workers_that_wait_a_few_are_told(system: JobSystem, database_url: str) -> None:
     crowd = [Worker(system.database, types=types, queues=["default", "another"]) for types in [["OTHER"]] * 10 + [["TEST_JOB"]] * 10]
-    ignorant, knowing = ({each.id for each in some} for some in (crowd[:10], crowd[10:]))
-    with contextlib.closing(psycopg2.connect(database_url)) as listener:
+    knowing, ids = ({each.id for each in some} for some in (crowd[10:], crowd))
+    for each in crowd:
+        system.database.run("sleep", id=each.id, queue="default")
+    with contextlib.closing(psycopg2.connect(database_url)) as listener, contextlib.closing(psycopg2.connect(database_url)) as own:
         listener.autocommit = True
-        listener.cursor().execute(";".join(f'listen "jobsys {each.id}"' for each in crowd))
+        listener.cursor().execute(";".join(f'listen "jobsys {id}"' for id in ids))
 
-        def told(priority: str = "default") -> set[str]:
-            system.submit("TEST_JOB", priority=priority)
+        def told(priority: str = "default", connection: Any = None) -> set[str]:
+            system.submit("TEST_JOB", priority=priority, connection=connection)
+            if connection is not None:
+                connection.commit()
             return {notification.channel.removeprefix("jobsys ") for notification in heard(listener)}
 
-        for each in crowd:
-            system.database.run("sleep", id=each.id, queue="default")
-            system.database.run("sleep", id=each.id, queue="another")
         rounds = [told() for _ in range(60)]
         assert {len(each) for each in rounds} == {4} and set.union(*rounds) == knowing, "each has its chance"
+        assert told(connection=own) == ids, "who knows when it is committed?"
+        system.limit("default", max_running=1000)
+        assert told() == ids, "each has to know of the limits"
+        system.limit("default", max_running=None)
 
-        dead = [each for each in crowd[10:18]]
-        execute(database_url, "update workers set heartbeat_at = '-infinity' where id = any(%s::uuid[])", [each.id for each in dead])
-        assert len(told() & ignorant) == 2, "who does not know the type is asked last"
+        def some_are(what: str, some: list[Worker]) -> None:
+            execute(database_url, f"update workers set {what} where id = any(%s::uuid[])", [each.id for each in some])
 
-        for each in crowd[18:]:
-            system.database.run("wake", id=each.id, queues=["default"])
-            system.database.run("be_busy", id=each.id, above=0)
-        assert not told("high") & knowing, "who is busy need not be disturbed while others sleep"
-        for each in crowd[:10]:
-            system.database.run("wake", id=each.id, queues=["default", "unknown"])
-        assert told("high") == {each.id for each in crowd[18:]} and told() == set()
-    assert execute(database_url, "select distinct asleep from workers where id = %s", crowd[0].id) == [(["another"],)]
+        one, two, three = ({each.id} for each in crowd[10:13])
+        some_are("held_back = array['TEST_JOB']", crowd[13:])
+        assert len(seen := told()) == 4 and seen > one | two | three, "who holds the type back is asked last"
+        some_are("held_back = default", crowd[13:])
+        for excuse in ("occupied = true", "heartbeat_at = now() - interval '10s'", "asleep = '{}', busy_above = 0"):
+            some_are(excuse, crowd[13:])
+            assert len(seen := told("high")) == 4 and seen >= one | two | three, f"others are asked sooner: {excuse}"
+            some_are("occupied = false, heartbeat_at = now(), asleep = array['default'], busy_above = null", crowd[13:])
+        some_are("heartbeat_at = '-infinity'", crowd[12:])
+        assert told() >= one | two and not told() & {each.id for each in crowd[12:]}
+        some_are("asleep = '{}'", crowd)
+        assert told() == set()
 
 
 def test_a_claim_that_may_have_left_some_tells_others_that_sleep(system: JobSystem, worker: Worker, database_url: str) -> None:
     sleepers = {Worker(system.database).id for _ in range(9)}
-    awake = Worker(system.database).id
+    awake, occupied = Worker(system.database).id, Worker(system.database).id
     with contextlib.closing(psycopg2.connect(database_url)) as listener:
         listener.autocommit = True
-        listener.cursor().execute(";".join(f'listen "jobsys {id}"' for id in [worker.id, awake, *sleepers]))
+        listener.cursor().execute(";".join(f'listen "jobsys {id}"' for id in [worker.id, awake, occupied, *sleepers]))
         system.submit_many(Submission("TEST_JOB") for _ in range(7))
-        for id in [worker.id, *sleepers]:
+        for id in [worker.id, occupied, *sleepers]:
             system.database.run("sleep", id=id, queue="default")
+        system.database.run("be_occupied", id=occupied, occupied=True)
         for n, found, told in ((1, 1, 4), (2, 2, 8), (3, 3, 9), (2, 1, 0)):
             assert len(worker.claim(n)) == found
             notifications = heard(listener)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import sys
@@ -398,14 +399,53 @@ def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem,
     assert most == 2
 
 
+def all_start(jobs: int, ledger: Path, database_url: str) -> None:
+    """Wait until so many jobs have been started."""
+
+    def have() -> bool:
+        state = "select pid, asleep, occupied, (select count(*) from jobs where worker = workers.id) from workers"
+        assert [line.split()[0] for line in lines(ledger)] == ["start"] * jobs, (lines(ledger), execute(database_url, state))
+        return True
+
+    eventually(have, 10)
+
+
 def test_a_crowd_of_slow_jobs_wakes_every_process(system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str) -> None:
-    start_worker(WORKER_PROCESSES=6, WORKER_THREADS=2, POLL_INTERVAL=60)
+    start_worker(WORKER_PROCESSES=6, WORKER_THREADS=2, POLL_INTERVAL=60, SHUTDOWN_GRACE=0)
     asleep = "select count(*) from workers where asleep @> queues"
     eventually(lambda: execute(database_url, asleep) == [(6,)], 30)
     time.sleep(0.5)  # also past the first, shorter looks
-    system.submit_many(Submission("LEDGER", {"ledger": str(ledger), "seconds": 3}) for _ in range(12))
-    eventually(lambda: len(lines(ledger)) >= 12, 20)
-    assert [line.split()[0] for line in lines(ledger)] == ["start"] * 12
+    payload = json.dumps({"ledger": str(ledger), "seconds": 30})
+    execute(database_url, "insert into jobs (type, payload) select 'LEDGER', %s from generate_series(1, 12)", payload)
+    all_start(12, ledger, database_url)
+
+
+def test_a_job_that_is_committed_late_is_told_to_those_who_are_idle_by_then(
+    system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str
+) -> None:
+    start_worker(WORKER_PROCESSES=6, WORKER_THREADS=1, POLL_INTERVAL=60, SHUTDOWN_GRACE=0)
+    asleep = "select count(*) from workers where asleep @> queues"
+    eventually(lambda: execute(database_url, asleep) == [(6,)], 30)
+    time.sleep(0.5)  # also past the first, shorter looks
+    slow = {"ledger": str(ledger), "seconds": 30}
+    with contextlib.closing(psycopg2.connect(database_url)) as late:
+        system.submit("LEDGER", slow, connection=late)
+        for n in range(1, 6):
+            system.submit("LEDGER", slow)
+            eventually(lambda n=n: len(lines(ledger)) >= n, 20)
+        late.commit()
+    all_start(6, ledger, database_url)
+
+
+def test_of_a_queue_with_limits_all_that_may_run_do(system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str) -> None:
+    system.limit("default", max_running=6)
+    start_worker(WORKER_PROCESSES=6, WORKER_THREADS=1, POLL_INTERVAL=60, SHUTDOWN_GRACE=0)
+    asleep = "select count(*) from workers where asleep @> queues"
+    eventually(lambda: execute(database_url, asleep) == [(6,)], 30)
+    time.sleep(0.5)
+    payload = json.dumps({"ledger": str(ledger), "seconds": 30})
+    execute(database_url, "insert into jobs (type, payload) select 'LEDGER', %s from generate_series(1, 6)", payload)
+    all_start(6, ledger, database_url)
 
 
 def test_a_job_that_nobody_is_told_of_is_found_by_looking(system: JobSystem, worker: Running, database_url: str) -> None:
@@ -413,6 +453,27 @@ def test_a_job_that_nobody_is_told_of_is_found_by_looking(system: JobSystem, wor
     eventually(lambda: execute(database_url, "select cardinality(asleep) from workers") > [(0,)])
     time.sleep(1)  # also past the first, shorter looks
     execute(database_url, "alter table jobs disable trigger jobs_inserted")
+    until(system, system.submit("TEST_JOB"), "COMPLETED")
+
+
+def test_a_notification_that_comes_with_the_answer_to_a_heartbeat_is_heard(
+    system: JobSystem, start_worker: StartWorker, database_url: str
+) -> None:
+    start_worker(WORKER_PROCESSES=1, WORKER_HEARTBEAT="2s", POLL_INTERVAL=60)
+    eventually(lambda: execute(database_url, "select count(*) from workers where asleep @> queues") == [(1,)], 30)
+    time.sleep(0.5)  # also past the first, shorter looks
+    execute(
+        database_url,
+        """
+        create function tell_with_the_beat() returns trigger language plpgsql as $$
+        begin
+            perform pg_notify('jobsys', 'default');
+            return null;
+        end $$;
+        create trigger tells after update of heartbeat_at on workers execute function tell_with_the_beat();
+        alter table jobs disable trigger jobs_inserted;
+        """,
+    )
     until(system, system.submit("TEST_JOB"), "COMPLETED")
 
 
