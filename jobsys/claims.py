@@ -562,7 +562,7 @@ class Claims:
 
     def _rest(self, queue_name: str, bell: threading.Event) -> None:
         """Wait a moment after a claim that emptied the queue. While work comes briskly, the next one then brings more than a job or two;
-        else nothing can have come without a notification, and what was claimed starts the sooner."""
+        else nothing can have come of which nobody was told, and what was claimed starts the sooner."""
         left = self._emptied.pop(queue_name, 0.0) - time.monotonic()
         if left <= 0:
             return

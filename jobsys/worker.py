@@ -37,7 +37,7 @@ PATIENCE = 5.0
 TICK = 0.1
 """How soon, in seconds, the supervisor hears a signal, and a process sees what its jobs did to it…"""
 IDLE_TICK = 0.5
-"""…and how soon when none runs."""
+"""…and how soon when none ran as it looked last."""
 LONGEST_PAUSE = 30.0
 HEALTHY_AFTER = 30.0
 """Seconds a process must have lived for its end not to make the pause before its successor longer."""

@@ -209,6 +209,34 @@ MUTANTS = [
         "return self._threads",
         "tests/test_worker.py -k hangs_leaves",
     ),
+    Mutant(
+        "every worker that sleeps is told of a job",
+        "sql/schema.sql",
+        "                then 4\n",
+        "                then 400\n",
+        "tests/test_queue.py -k a_few_are_told",
+    ),
+    Mutant(
+        "few are told of a job that is committed late",
+        "sql/schema.sql",
+        "when statement_timestamp() = transaction_timestamp()\n",
+        "when true\n",
+        "tests/test_queue.py -k a_few_are_told",
+    ),
+    Mutant(
+        "a claim that may have left some tells nobody",
+        "sql/schema.sql",
+        "    if cardinality(found_ids) = most then\n",
+        "    if false then\n",
+        "tests/test_queue.py -k may_have_left_some",
+    ),
+    Mutant(
+        "a notification that comes with an answer is not heard",
+        "jobsys/heart.py",
+        "listening.poll(wait * 1000)):\n                self._connection.poll()\n",
+        "listening.poll(1000)):\n                self._connection.poll()\n            else:\n                return\n",
+        "tests/test_worker.py -k comes_with_the_answer",
+    ),
 ]
 
 
