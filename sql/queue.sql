@@ -316,13 +316,7 @@ update workers set asleep = '{}', busy_above = null where id = %(id)s;
 
 -- name: pass_on
 -- This worker was told of a job, and has no free thread.
-select pg_notify('jobsys ' || another.id, %(queue)s)
-from (
-    select id from workers
-    where %(queue)s = any(asleep) and id <> %(id)s and not occupied and heartbeat_at > '-infinity'
-    order by random()
-    limit 1
-) as another;
+select tell_others(%(queue)s, %(id)s::uuid, 1);
 
 -- name: be_occupied
 update workers set occupied = %(occupied)s where id = %(id)s;

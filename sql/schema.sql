@@ -368,6 +368,20 @@ exception when lock_not_available then
     return false;
 end $$;
 
+-- Tell some other workers that sleep on this queue, and have a free thread, of jobs that this one can't take.
+create function tell_others(queue text, worker_id uuid, most integer) returns void
+language plpgsql as $$
+begin
+    perform pg_notify('jobsys ' || told.id, queue)
+    from (
+        select workers.id
+        from workers
+        where queue = any(asleep) and workers.id <> worker_id and not occupied and heartbeat_at > '-infinity'
+        order by random()
+        limit most
+    ) as told;
+end $$;
+
 -- Due jobs, in the order of the places to look: queue by queue and priority by priority, from the most urgent on; first come first served
 -- within one. Only types this worker knows; nothing of a queue that is paused or limited, and nothing when this worker has been declared
 -- lost, or reported dead while it waited for its turn. A place begins where the last claim ended (see claims.py), because dead index entries
@@ -430,14 +444,7 @@ begin
     end if;
     if cardinality(found_ids) = most then
         -- There may be more than this worker takes: the more it took, the more others are told.
-        perform pg_notify('jobsys ' || told.id, told.queue)
-        from (
-            select workers.id, queue_names[1] as queue
-            from workers
-            where queue_names[1] = any(asleep) and workers.id <> worker_id and not occupied and heartbeat_at > '-infinity'
-            order by random()
-            limit 4 * most
-        ) as told;
+        perform tell_others(queue_names[1], worker_id, 4 * most);
     end if;
     set local synchronous_commit = off;
     return query

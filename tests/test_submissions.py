@@ -289,7 +289,8 @@ def test_many_are_part_of_the_callers_transaction(system: JobSystem, database_ur
 
 @pytest.mark.parametrize("rows", [RealDictConnection, DictConnection, LoggingConnection, NamedTupleConnection])
 def test_the_callers_connection_may_give_rows_of_any_kind(system: JobSystem, database_url: str, rows: Any) -> None:
-    with contextlib.closing(psycopg2.connect(database_url, connection_factory=rows)) as connection:
+    rounding = "-c extra_float_digits=-15"
+    with contextlib.closing(psycopg2.connect(database_url, connection_factory=rows, options=rounding)) as connection:
         if rows is LoggingConnection:
             connection.initialize(io.StringIO())
         wanted = connection.cursor_factory

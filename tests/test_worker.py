@@ -399,6 +399,12 @@ def test_no_more_jobs_of_a_queue_run_at_once_than_its_maximum(system: JobSystem,
     assert most == 2
 
 
+def all_sleep(workers: int, database_url: str) -> None:
+    """Wait until so many processes wait for a notification, and for nothing else."""
+    eventually(lambda: execute(database_url, "select count(*) from workers where asleep @> queues") == [(workers,)], 30)
+    time.sleep(0.5)  # also past the first, shorter looks
+
+
 def all_start(jobs: int, ledger: Path, database_url: str) -> None:
     """Wait until so many jobs have been started."""
 
@@ -412,9 +418,7 @@ def all_start(jobs: int, ledger: Path, database_url: str) -> None:
 
 def test_a_crowd_of_slow_jobs_wakes_every_process(system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str) -> None:
     start_worker(WORKER_PROCESSES=6, WORKER_THREADS=2, POLL_INTERVAL=60, SHUTDOWN_GRACE=0)
-    asleep = "select count(*) from workers where asleep @> queues"
-    eventually(lambda: execute(database_url, asleep) == [(6,)], 30)
-    time.sleep(0.5)  # also past the first, shorter looks
+    all_sleep(6, database_url)
     payload = json.dumps({"ledger": str(ledger), "seconds": 30})
     execute(database_url, "insert into jobs (type, payload) select 'LEDGER', %s from generate_series(1, 12)", payload)
     all_start(12, ledger, database_url)
@@ -424,9 +428,7 @@ def test_a_job_that_is_committed_late_is_told_to_those_who_are_idle_by_then(
     system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str
 ) -> None:
     start_worker(WORKER_PROCESSES=6, WORKER_THREADS=1, POLL_INTERVAL=60, SHUTDOWN_GRACE=0)
-    asleep = "select count(*) from workers where asleep @> queues"
-    eventually(lambda: execute(database_url, asleep) == [(6,)], 30)
-    time.sleep(0.5)  # also past the first, shorter looks
+    all_sleep(6, database_url)
     slow = {"ledger": str(ledger), "seconds": 30}
     with contextlib.closing(psycopg2.connect(database_url)) as late:
         system.submit("LEDGER", slow, connection=late)
@@ -440,12 +442,19 @@ def test_a_job_that_is_committed_late_is_told_to_those_who_are_idle_by_then(
 def test_of_a_queue_with_limits_all_that_may_run_do(system: JobSystem, start_worker: StartWorker, ledger: Path, database_url: str) -> None:
     system.limit("default", max_running=6)
     start_worker(WORKER_PROCESSES=6, WORKER_THREADS=1, POLL_INTERVAL=60, SHUTDOWN_GRACE=0)
-    asleep = "select count(*) from workers where asleep @> queues"
-    eventually(lambda: execute(database_url, asleep) == [(6,)], 30)
-    time.sleep(0.5)
+    all_sleep(6, database_url)
     payload = json.dumps({"ledger": str(ledger), "seconds": 30})
     execute(database_url, "insert into jobs (type, payload) select 'LEDGER', %s from generate_series(1, 6)", payload)
     all_start(6, ledger, database_url)
+
+
+def test_a_process_that_ends_is_told_of_no_more_jobs(system: JobSystem, worker: Running, ledger: Path, database_url: str) -> None:
+    job = system.submit("LEDGER", {"ledger": str(ledger), "seconds": 5})
+    started(ledger)
+    assert execute(database_url, "select cardinality(asleep) > 0 from workers") == [(True,)]
+    worker.signal()
+    eventually(lambda: execute(database_url, "select asleep, busy_above from workers") == [([], None)])
+    until(system, job, "COMPLETED")
 
 
 def test_a_job_that_nobody_is_told_of_is_found_by_looking(system: JobSystem, worker: Running, database_url: str) -> None:
@@ -460,8 +469,7 @@ def test_a_notification_that_comes_with_the_answer_to_a_heartbeat_is_heard(
     system: JobSystem, start_worker: StartWorker, database_url: str
 ) -> None:
     start_worker(WORKER_PROCESSES=1, WORKER_HEARTBEAT="2s", POLL_INTERVAL=60)
-    eventually(lambda: execute(database_url, "select count(*) from workers where asleep @> queues") == [(1,)], 30)
-    time.sleep(0.5)  # also past the first, shorter looks
+    all_sleep(1, database_url)
     execute(
         database_url,
         """
