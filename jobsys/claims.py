@@ -49,6 +49,7 @@ GATHER = 0.008
 NAPS = (0.01, 0.05)
 """The first waits after falling asleep, in seconds: a job may have been inserted by somebody who did not see the sleeper yet."""
 UNKNOWN = float("-inf")
+NAMED = sorted(PRIORITIES.values())
 log = logs.get(__name__)
 
 
@@ -135,6 +136,10 @@ class Claims:
         self._bells: dict[str, threading.Event] = {}
         self._naps: dict[str, int] = {}
         """The queues this process sleeps on, as its row says, and how often it has looked since."""
+        self._sound: set[str] = set()
+        """Those of them that it claims from only when told, or when it finds that anything waits: it looks at all, once a poll interval."""
+        self._looking = threading.Lock()
+        self._looked_at = float("-inf")
         self._busy_above: float | None = None
         """What this process's row says that it is busy with, and until when that needs no correction downwards. UNKNOWN: no answer came."""
         self._busy_until = 0.0
@@ -149,7 +154,8 @@ class Claims:
         """The queues of which the last claim brought only what is more urgent than most: the next one brings whatever there is."""
         self._places: dict[str, dict[int, tuple[str, str]]] = {}
         self._look_from_start_at: dict[str, float] = {}
-        self._priorities: dict[str, tuple[float, list[int]]] = {}
+        self._priorities: dict[str, list[int]] = {}
+        self._priorities_read_at: dict[str, float] = {}
         self._limited: set[str] = set()
         self._limits_read_at = float("-inf")
         self._pace_samples: deque[tuple[float, int, float]] = deque([(time.monotonic(), 0, 0.0)])
@@ -195,23 +201,27 @@ class Claims:
         deadline = time.monotonic() + timeout
         while not self.closed:
             self._rest(queue_name, bell)
+            told = bell.is_set()
             bell.clear()
-            with self._turns:
-                room = self._wait_for(self._room, deadline)
-                if room == 0 or self.closed:
-                    return []
-                large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
-                if not large:
-                    room = min(room, self.work.threads)
-                    jobs, pause = self._claim(queue_name, room, deadline)
-            if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
-                try:
-                    jobs, pause = self._claim(queue_name, room, deadline)
-                finally:
-                    self._large.release()
-            if jobs:
-                self._note_work(queue_name, jobs, room)
-                return jobs
+            pause = None
+            if told or queue_name not in self._sound or self._something_waits(queue_name):
+                self._sound.discard(queue_name)
+                with self._turns:
+                    room = self._wait_for(self._room, deadline)
+                    if room == 0 or self.closed:
+                        return []
+                    large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
+                    if not large:
+                        room = min(room, self.work.threads)
+                        jobs, pause = self._claim(queue_name, room, deadline)
+                if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
+                    try:
+                        jobs, pause = self._claim(queue_name, room, deadline)
+                    finally:
+                        self._large.release()
+                if jobs:
+                    self._note_work(queue_name, jobs, room)
+                    return jobs
             if (standing := self._standing_by.get(queue_name)) is not None:
                 shortest, longest = STAND_BY
                 longest *= min(max(1.0, self.workers / MANY), 4.0)
@@ -229,14 +239,14 @@ class Claims:
 
         For the lookout: takes no turn, and needs no room. Dramatiq's threads ask each job for its queue, so that it needn't come through
         that queue's consumer."""
-        now, above = time.monotonic(), self.above
+        above = self.above
         if above is None or self.closed:
             return []
         looks = [
             (priority, queue_name)
             for queue_name in list(self._places)
             if queue_name not in self._limited
-            for priority in self._known_priorities(queue_name, now)
+            for priority in self._priorities.get(queue_name, NAMED)
             if priority < above
         ]
         if not looks:
@@ -287,16 +297,57 @@ class Claims:
         _, finished_before, busy_before = samples[0]
         return (finished - finished_before) / max(busy - busy_before, 1e-6) * self.work.threads
 
+    def _something_waits(self, queue_name: str) -> bool:
+        """Whether anything waits in a queue on which this process sleeps soundly. Who asks first asks for all of them, and rings for the
+        others."""
+        with self._looking:
+            now = time.monotonic()
+            if now - self._looked_at < 0.9 * self._poll_interval:
+                return False
+            waiting = {name for (name,) in self._database.run("waiting_queues", queues=db.array(list(self._sound)))}
+            self._looked_at = now
+        for other in waiting - {queue_name}:
+            self._bells[other].set()
+        return queue_name in waiting
+
     def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[RunningJob], float | None]:
-        if time.monotonic() - self._limits_read_at > self._poll_interval:
+        """Claim, knowing which queues have limits and which priorities wait. Who slept starts a job at once by what it knew before, and
+        looks around when that brings none."""
+        slept = queue_name in self._naps
+        if not slept:
+            self._look_around(queue_name)
+        known = self._known(queue_name)
+        jobs, pause = self._claim_knowing(*known, queue_name, room, deadline)
+        if slept and not jobs:
+            self._look_around(queue_name)
+            if (known_now := self._known(queue_name)) != known:
+                jobs, pause = self._claim_knowing(*known_now, queue_name, room, deadline)
+        return jobs, pause
+
+    def _look_around(self, queue_name: str) -> None:
+        """Look which queues have limits, and which priorities besides the named ones wait in this one (Dramatiq's actors may have any),
+        once in a poll interval."""
+        latest = time.monotonic() - self._poll_interval
+        if self._limits_read_at < latest:
             self._limited = {name for (name,) in self._database.run("limited_queues")}
             self._limits_read_at = time.monotonic()
-        if queue_name not in self._limited:
-            return self._claim_freely(queue_name, room), None
+        if queue_name not in self._limited and self._priorities_read_at.get(queue_name, UNKNOWN) < latest:
+            others = {priority for (priority,) in self._database.run("other_priorities", queue=queue_name, named=NAMED)}
+            self._priorities[queue_name] = sorted(others.union(NAMED))
+            self._priorities_read_at[queue_name] = time.monotonic()
+
+    def _known(self, queue_name: str) -> tuple[bool, list[int]]:
+        return queue_name in self._limited, self._priorities.get(queue_name, NAMED)
+
+    def _claim_knowing(
+        self, limited: bool, priorities: list[int], queue_name: str, room: int, deadline: float
+    ) -> tuple[list[RunningJob], float | None]:
+        if not limited:
+            return self._claim_freely(queue_name, priorities, room), None
         self._standing_by.pop(queue_name, None)
         return self._claim_limited(queue_name, deadline)
 
-    def _claim_freely(self, queue_name: str, room: int) -> list[RunningJob]:
+    def _claim_freely(self, queue_name: str, priorities: list[int], room: int) -> list[RunningJob]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), whenever fewer came
         than were asked for, and when a type that was full has room again. So dead index entries, which an old snapshot keeps, and the
         backlog of a full type are walked over rarely and not at each claim.
@@ -309,7 +360,7 @@ class Claims:
         self._full_before[queue_name] = full
         if from_start:
             self._places[queue_name] = {}
-        looks = [(queue_name, priority) for priority in self._known_priorities(queue_name, now)]
+        looks = [(queue_name, priority) for priority in priorities]
         ahead_of = self.above if room > self.work.threads and queue_name not in self._overtaken else None
         jobs, all_found = self._claim_fitting(looks, room, self._turn(queue_name, room, now), ahead_of)
         if queue_name in self._standing_by:
@@ -434,15 +485,6 @@ class Claims:
             if self.above is None:
                 self._be_busy(PRIORITIES["default"])  # …and whose threads are idle is the first to go for urgent jobs
 
-    def _known_priorities(self, queue_name: str, now: float) -> list[int]:
-        """The named priorities, and whatever others Dramatiq's actors brought into this queue: looked up once in a poll interval, and more
-        rarely the more processes there are while this one is busy with it, because the probes walk over what has just been claimed."""
-        read_at, priorities = self._priorities.get(queue_name, (float("-inf"), []))
-        if now - read_at > self._poll_interval * (1 if queue_name in self._naps else self.workers):
-            priorities = sorted({*PRIORITIES.values(), *(row[0] for row in self._database.run("priorities", queue=queue_name))})
-            self._priorities[queue_name] = (now, priorities)
-        return priorities
-
     def _claim_limited(self, queue_name: str, deadline: float) -> tuple[list[RunningJob], float | None]:
         """Claim what the queue's limits allow, and only into free threads: what is claimed starts now, so the pace of the claims is the
         pace of the starts. When a start is allowed and no thread is free, it waits for one, with the turn in its hands: else the other
@@ -513,8 +555,11 @@ class Claims:
                 self._database.run("be_occupied", id=self._worker(), occupied=False)
                 self._occupied = False
             asleep[queue_name] = naps + 1
-        nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval
-        return nap if pause is None else min(pause, self._poll_interval)
+        if naps < len(NAPS):
+            return NAPS[naps] if pause is None else min(pause, NAPS[naps])
+        if pause is None:
+            self._sound.add(queue_name)
+        return self._poll_interval if pause is None else min(pause, self._poll_interval)
 
     def _be_busy(self, above: int) -> None:
         """Jobs of this priority wait in memory. It is worth a write to hear of more urgent ones; to hear of fewer, now and then."""

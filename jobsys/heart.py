@@ -28,6 +28,8 @@ COOPERATION = 1.0
 STUBBORNNESS = 5.0
 """Seconds after which a job that ignored that too costs its process."""
 TICK = 0.1
+COMPANY = 1.0
+"""Seconds after which a new worker looks again how many there are: others have started with it."""
 PAUSE = 0.01
 """Seconds from one time that a job is passed on to the next: where all are full, it would go round and round."""
 log = logs.get(__name__)
@@ -95,12 +97,12 @@ class Heart(threading.Thread):
             # Beat first, also when this process believes that it is not registered: the answer may have been lost.
             with presence.telling:
                 beaten = db.run(self._connection, "beat", id=presence.id, suspect=presence.suspect, held_back=presence.bulkheads.held_back)
-            if beaten:
-                presence.claims.workers = beaten[0][0]
-            else:
+            newly = not beaten
+            if newly:
                 if self._registered == presence.id:
                     presence.come_back()
-                db.run(self._connection, "register_worker", **presence.row())
+                beaten = db.run(self._connection, "register_worker", **presence.row())
+            presence.claims.workers = beaten[0][0]
             self._registered = presence.id
             if self._introduced != presence.id:
                 with self._connection.cursor() as cursor:
@@ -109,7 +111,8 @@ class Heart(threading.Thread):
                 db.run(self._connection, "declare_types", **presence.broker.declared_types(presence.served))
                 presence.claims.forget()
                 self._introduced = presence.id
-        self._beat_at = time.monotonic() + presence.settings.worker_heartbeat
+        beat_in = presence.settings.worker_heartbeat
+        self._beat_at = time.monotonic() + (min(beat_in, COMPANY) if newly else beat_in)
         self.first_beat.set()
 
     def _leave_in_peace(self) -> None:

@@ -105,19 +105,33 @@ set next_start_at = clock_timestamp() + rate_period / rate_count
 where name = %(queue)s and rate_count is not null
 returning extract(epoch from rate_period / rate_count)::float8;
 
--- name: priorities
--- The priorities that wait in a queue: one index probe each.
+-- name: other_priorities
+-- The priorities that wait in a queue besides the named ones: an index probe between each two of these and one for each that is there. (Nothing is read
+-- of the named ones, where thousands of entries of jobs that were just claimed may lie.)
 with recursive present as (
-    (select priority from jobs where status = 'PENDING' and queue = %(queue)s order by priority limit 1)
-    union all
-    select (
+    select first.priority, gap.below
+    from unnest(array[-32769] || %(named)s::integer[], %(named)s::integer[] || array[32768]) as gap(above, below)
+    cross join lateral (
         select jobs.priority from jobs
-        where status = 'PENDING' and queue = %(queue)s and jobs.priority > present.priority
+        where status = 'PENDING' and queue = %(queue)s and jobs.priority > gap.above and jobs.priority < gap.below
         order by jobs.priority limit 1
-    )
-    from present where present.priority is not null
+    ) as first
+    union all
+    select next.priority, present.below
+    from present
+    cross join lateral (
+        select jobs.priority from jobs
+        where status = 'PENDING' and queue = %(queue)s and jobs.priority > present.priority and jobs.priority < present.below
+        order by jobs.priority limit 1
+    ) as next
 )
-select priority from present where priority is not null;
+select priority from present;
+
+-- name: waiting_queues
+-- In which of these queues does anything wait?
+select looked_at.queue
+from unnest(%(queues)s::text[]) as looked_at(queue)
+cross join lateral (select from jobs where status = 'PENDING' and jobs.queue = looked_at.queue limit 1) as any_job;
 
 -- name: limited_queues
 select name from queues where paused or rate_count is not null or max_running is not null;
@@ -261,12 +275,14 @@ returning queue;
 select extract(epoch from run_at - clock_timestamp())::float8 from jobs where status = 'SCHEDULED' order by run_at limit 1;
 
 -- name: register_worker
+-- "Here I am." And how many are we?
 insert into workers (id, host, pid, version, queues, types, threads, heartbeat, lost_after, session_pid, session_start)
 values (
     %(id)s, %(host)s, %(pid)s, %(version)s, %(queues)s, %(types)s, %(threads)s,
     %(heartbeat)s * interval '1 second', %(lost_after)s * interval '1 second',
     pg_backend_pid(), (select backend_start from pg_stat_get_activity(pg_backend_pid()))
-);
+)
+returning (select count(*) + 1 from workers);
 
 -- name: declare_types
 -- What is there already is not locked: many processes may start at once.

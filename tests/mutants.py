@@ -141,9 +141,30 @@ MUTANTS = [
     Mutant(
         "no polling while notifications work",
         "jobsys/claims.py",
-        "nap = NAPS[naps] if naps < len(NAPS) else self._poll_interval",
-        "nap = NAPS[naps] if naps < len(NAPS) else 3600.0",
+        "        return self._poll_interval if pause is None",
+        "        return 3600.0 if pause is None",
         "tests/test_worker.py -k nobody_is_told_of",
+    ),
+    Mutant(
+        "what a process finds in another of its queues is not looked into",
+        "jobsys/claims.py",
+        "            self._bells[other].set()\n",
+        "            pass\n",
+        "tests/test_claims.py -k by_one_statement",
+    ),
+    Mutant(
+        "a process that was told while it had no room sleeps on",
+        "jobsys/claims.py",
+        "                self._sound.discard(queue_name)\n                with self._turns",
+        "                with self._turns",
+        "tests/test_claims.py -k had_no_room_is_claimed",
+    ),
+    Mutant(
+        "a process that slept looks around no more",
+        "jobsys/claims.py",
+        "            if (known_now := self._known(queue_name)) != known:",
+        "            if (known_now := self._known(queue_name)) != known and False:",
+        "tests/test_claims.py -k looks_around",
     ),
     Mutant(
         "an outcome that can't be written is dropped",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -100,8 +101,7 @@ def asked(system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch) ->
 
     claims.work.threads = 2
     monkeypatch.setattr(claims, "_room", lambda: THREADS)
-    claims._known_priorities("default", time.monotonic())
-    claims._limits_read_at = time.monotonic()
+    claims._look_around("default")
     monkeypatch.setattr(system.database, "run", recorded)
     return asked
 
@@ -118,7 +118,7 @@ def test_a_claim_that_hangs_holds_up_the_others_of_its_queue_only_once(
         claims.work.expected.clear()
         assert [job.message_id for job in claims.take("default", 1)] == ids[2 * THREADS : 3 * THREADS]
         assert asked[:3] == ["wait", "be_busy", "try"]
-        assert [each for each in asked[3:] if each not in ("try", "be_busy", "limited_queues", "priorities")] == [
+        assert [each for each in asked[3:] if each not in ("try", "be_busy", "limited_queues", "other_priorities")] == [
             "wait",
             "turn_hangs",
             None,
@@ -255,6 +255,62 @@ def test_a_process_sleeps_when_it_finds_nothing_and_is_awake_while_work_comes_br
     assert claims.take("default", 2) == [] and asleep(database_url) == ["default"]
 
 
+def test_who_sleeps_soundly_looks_at_all_its_queues_by_one_statement(
+    system: JobSystem, claims: Claims, database_url: str, asked: list[str | None]
+) -> None:
+    queues = ("default", "ingestion")
+    with ThreadPoolExecutor(2) as threads:
+
+        def take(seconds: float) -> list[list[str]]:
+            return [[job.message_id for job in jobs] for jobs in threads.map(claims.take, queues, (seconds, seconds))]
+
+        assert take(0.3) == [[], []] and asleep(database_url) == [*queues]
+        asked.clear()
+        assert take(2.5) == [[], []]
+        assert set(asked) == {"waiting_queues"} and len(asked) <= 4
+        asked.clear()
+        execute(database_url, "alter table jobs disable trigger jobs_inserted")
+        jobs = [system.submit("TEST_JOB").id, system.submit("INGEST_BATCH", {"ids": [1]}).id]
+        claims._looked_at = 0.0
+        found = [[job.message_id for job in claims.take(queue, 0.1)] for queue in queues]
+        assert found == [[job] for job in jobs] and asked.count("waiting_queues") == 1, "nobody was told"
+
+
+def test_who_is_told_claims_at_once_and_looks_around_when_that_brings_nothing(
+    system: JobSystem, claims: Claims, database_url: str, asked: list[str | None]
+) -> None:
+    def taken() -> list[str]:
+        asked.clear()
+        claims.work.expected.clear()
+        claims.wake("default")
+        return [job.message_id for job in claims.take("default", 0.5)]
+
+    claims.work.threads = THREADS
+    assert claims.take("default", 0.3) == []
+    claims._limits_read_at = claims._priorities_read_at["default"] = 0.0
+    job = system.submit("TEST_JOB")
+    assert taken() == [job.id] and asked == [None]
+    [(odd,)] = execute(database_url, "insert into jobs (type, priority) values ('TEST_JOB', 7) returning id::text")
+    assert taken() == [odd] and asked == [None, "limited_queues", "other_priorities", None]
+    claims._limits_read_at = 0.0
+    system.limit("default", max_running=3)
+    job = system.submit("TEST_JOB")
+    assert taken() == [job.id] and asked[:2] == [None, "limited_queues"]
+
+
+def test_a_job_of_which_a_process_was_told_that_had_no_room_is_claimed_when_it_has_some(
+    system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert claims.take("default", 0.3) == []
+    claims._looked_at = time.monotonic()
+    job = system.submit("TEST_JOB")
+    with monkeypatch.context() as full:
+        full.setattr(claims, "_room", lambda: 0)
+        claims.wake("default")
+        assert claims.take("default", 0.05) == []
+    assert [job.message_id for job in claims.take("default", 0.5)] == [job.id]
+
+
 def test_a_process_says_when_it_has_had_no_room_for_a_while(
     system: JobSystem, claims: Claims, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +320,7 @@ def test_a_process_says_when_it_has_had_no_room_for_a_while(
     assert claims.take("default", 0.1) == [] and not occupied()
     with monkeypatch.context() as full:
         full.setattr(claims, "_room", lambda: 0)
+        claims.wake("default")
         assert claims.take("default", 0.05) == [] and not occupied()
         assert claims.take("default", 0.3) == [] and occupied()
     assert asleep(database_url) == ["default"], "it is told all the same, should there be nobody else"

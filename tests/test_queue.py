@@ -18,6 +18,7 @@ from conftest import eventually, execute
 from jobsys import db
 from jobsys.errors import DatabaseUnavailable
 from jobsys.ids import new_job_id
+from jobsys.job_types import PRIORITIES
 from jobsys.system import JobSystem, Submission
 
 BEGINNING = ("-infinity", "00000000-0000-0000-0000-000000000000")
@@ -181,6 +182,13 @@ def test_a_crash_is_counted_at_the_rescue_and_the_last_one_is_a_dead_letter(syst
         assert system.job(job.id).status == ("PENDING", "PENDING", "DEAD")[crash - 1]
     assert [failure.type for failure in system.failures(job.id)] == ["WorkerLost"] * 4
     assert (system.job(job.id).error or {})["type"] == "WorkerLost"
+
+
+def test_who_registers_learns_how_many_there_are(system: JobSystem, database_url: str) -> None:
+    first, row = Worker(system.database), {"queues": [], "types": [], "threads": 1, "heartbeat": 5, "lost_after": 30}
+    [(workers,)] = system.database.run("register_worker", id=new_job_id(), host="h", pid=2, version="0", **row)
+    [(beaten,)] = system.database.run("beat", id=first.id, suspect=None, held_back=[])
+    assert workers == beaten == 2
 
 
 def test_a_worker_is_lost_when_its_session_is_gone_or_its_heart_is_silent(system: JobSystem, database_url: str) -> None:
@@ -632,6 +640,22 @@ def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker:
     assert touched(database_url, "claim", **claim) <= 1.2 * few
     assert touched(database_url, "claim", **urgent) <= look + 3
     assert touched(database_url, "stop_requests", worker=worker.id) <= 3
+    assert touched(database_url, "waiting_queues", queues=["default", "q7", "nothing here"]) <= 12
+
+
+def test_what_was_just_claimed_is_not_walked_over_in_search_of_other_priorities(
+    system: JobSystem, worker: Worker, database_url: str
+) -> None:
+    pile_up(database_url, "PENDING")
+    execute(database_url, "vacuum analyze jobs")
+    execute(database_url, "alter table jobs set (autovacuum_enabled = off)")
+    execute(database_url, "update jobs set status = 'PROCESSING', worker = %s, started_at = now()", worker.id)
+    for priority in (-32768, -50, -49, 5, 5, 32767):
+        execute(database_url, "insert into jobs (type, priority) values ('TEST_JOB', %s)", priority)
+    named = sorted(PRIORITIES.values())
+    found = system.database.run("other_priorities", queue="default", named=named)
+    assert sorted(found) == [(-32768,), (-50,), (-49,), (5,), (32767,)]
+    assert touched(database_url, "other_priorities", queue="default", named=named) < 60
 
 
 def test_an_array_written_as_one_string_is_read_back_as_it_was(database_url: str) -> None:

@@ -485,6 +485,12 @@ def test_a_notification_that_comes_with_the_answer_to_a_heartbeat_is_heard(
     until(system, system.submit("TEST_JOB"), "COMPLETED")
 
 
+def test_a_new_worker_soon_looks_again_who_has_started_with_it(start_worker: StartWorker, database_url: str) -> None:
+    start_worker(WORKER_PROCESSES=2, WORKER_HEARTBEAT="20s")
+    again = "select count(*) from workers where heartbeat_at > started_at + interval '0.5 seconds'"
+    eventually(lambda: execute(database_url, again) == [(2,)], timeout=10)
+
+
 def test_a_worker_serves_the_queues_it_is_told_to_and_says_so(system: JobSystem, start_worker: StartWorker) -> None:
     batch, other = system.submit("INGEST_BATCH", {"ids": [1]}), system.submit("TEST_JOB")
     start_worker(WORKER_QUEUES="ingestion")
