@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jobsys.presence import Presence
 
 FIRST_ID = "00000000-0000-0000-0000-000000000000"
-PRUNE_PAUSE = 5.0
+PRUNE_PAUSE = 10.0
 """After a page was pruned, so many times as long as that took belongs to the jobs."""
 log = logs.get(__name__)
 
