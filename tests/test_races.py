@@ -14,7 +14,7 @@ from conftest import at_database, eventually, execute
 from test_queue import BEGINNING, LOOK, Worker
 
 from jobsys import db
-from jobsys.errors import IdempotencyConflict, JobNotFound, WrongState
+from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, JobNotFound, WrongState
 from jobsys.outcomes import Outcome, finish
 from jobsys.running import RunningJob
 from jobsys.settlements import Settlements
@@ -103,7 +103,12 @@ def rivals(system: JobSystem, database_url: str) -> Iterator[Rivals]:
 
 
 def finishes(it: Rivals, run: Callable[..., Any]) -> Any:
-    return run("finish", **it.outcome(result=None))
+    while True:
+        try:
+            return run("finish", **it.outcome(result=None))
+        except DatabaseUnavailable as error:  # who writes outcomes gives up waiting after a tenth of a second, and comes again
+            if not isinstance(error.__cause__, psycopg2.errors.LockNotAvailable):
+                raise
 
 
 def fails(it: Rivals, run: Callable[..., Any]) -> Any:
