@@ -148,6 +148,7 @@ class Claims:
         self._occupied = False
         """Whether this process's row says, or may say, that it has had no room for long."""
         self._found: dict[str, tuple[float, float]] = {}
+        self._passed_on_at: dict[str, float] = {}
         self._emptied: dict[str, float] = {}
         """The queues in which the last claim left nothing, and until when not to look again."""
         self._overtaken: set[str] = set()
@@ -222,6 +223,8 @@ class Claims:
                 if jobs:
                     self._note_work(queue_name, jobs, room)
                     return jobs
+                if told and self._full():
+                    self._pass_on(queue_name)
             if (standing := self._standing_by.get(queue_name)) is not None:
                 shortest, longest = STAND_BY
                 longest *= min(max(1.0, self.workers / MANY), 4.0)
@@ -323,6 +326,14 @@ class Claims:
             if (known_now := self._known(queue_name)) != known:
                 jobs, pause = self._claim_knowing(*known_now, queue_name, room, deadline)
         return jobs, pause
+
+    def _pass_on(self, queue_name: str) -> None:
+        """This process was told of a job that may be of a type of which it may take no more just now: another one may. Once in a poll
+        interval, because all may be full."""
+        now = time.monotonic()
+        if now - self._passed_on_at.get(queue_name, UNKNOWN) > self._poll_interval:
+            self._passed_on_at[queue_name] = now
+            self._database.run("pass_on", id=self._worker(), queue=queue_name)
 
     def _look_around(self, queue_name: str) -> None:
         """Look which queues have limits, and which priorities besides the named ones wait in this one (Dramatiq's actors may have any),

@@ -331,7 +331,7 @@ update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s an
 update workers set asleep = '{}', busy_above = null where id = %(id)s;
 
 -- name: pass_on
--- This worker was told of a job, and has no free thread.
+-- This worker was told of a job, and can't take it.
 select tell_others(%(queue)s, %(id)s::uuid, 1);
 
 -- name: be_occupied

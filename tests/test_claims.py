@@ -12,7 +12,7 @@ from typing import Any
 import psycopg2
 import pytest
 from conftest import eventually, execute
-from test_queue import LOOK, Worker
+from test_queue import LOOK, Worker, heard
 
 from jobsys import db
 from jobsys.claims import LONGEST_AHEAD, Claims, StandBy
@@ -389,6 +389,30 @@ def bounded(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(claims, "_rooms", lambda: {"TEST_JOB": 4})
     monkeypatch.setattr(claims, "_claim_at", recorded)
     return asked
+
+
+def test_who_is_told_of_a_job_of_a_type_that_is_full_tells_another_process_once_in_a_while(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Worker(system.database)
+    system.database.run("sleep", id=other.id, queue="default")
+    monkeypatch.setattr(claims, "_rooms", lambda: {"TEST_JOB": 0})
+    with contextlib.closing(psycopg2.connect(database_url)) as listener:
+        listener.autocommit = True
+        assert claims.take("default", 0.3) == []
+        system.submit("TEST_JOB")
+        listener.cursor().execute(f'listen "jobsys {other.id}"; listen "jobsys {worker.id}"')
+
+        claims.wake("default")
+        again = threading.Timer(0.3, lambda: claims.wake("default"))
+        again.start()
+        assert claims.take("default", 0.1) == []
+        again.join()
+        assert [notification.channel for notification in heard(listener)] == [f"jobsys {other.id}"]
+        monkeypatch.setattr(claims, "_rooms", lambda: {"TEST_JOB": 1})
+        claims._passed_on_at.clear()
+        claims.wake("default")
+        assert len(claims.take("default", 0.01)) == 1 and heard(listener) == []
 
 
 def test_a_type_that_crowds_is_claimed_as_it_has_room_also_when_other_queues_are_looked_at(
