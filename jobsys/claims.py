@@ -89,8 +89,8 @@ class Turns:
 
 
 class Claims:
-    """The claims of one process. Each queue's consumer thread calls `take`. They share two connections by taking turns: one is for large
-    claims, which may have to wait."""
+    """The claims of one process. Each queue's consumer thread calls `take`. They share two connections by taking turns, of which one is for
+    large claims, which may have to wait; a look whether anything waits takes a moment of a third."""
 
     def __init__(
         self,
@@ -148,6 +148,8 @@ class Claims:
         self._occupied = False
         """Whether this process's row says, or may say, that it has had no room for long."""
         self._found: dict[str, tuple[float, float]] = {}
+        self._heard: set[str] = set()
+        """The queues of which somebody said that a job is due, and that this process has not claimed from since."""
         self._passed_on_at: dict[str, float] = {}
         self._emptied: dict[str, float] = {}
         """The queues in which the last claim left nothing, and until when not to look again."""
@@ -169,6 +171,7 @@ class Claims:
     def wake(self, queue_name: str) -> bool:
         """Somebody says that a job of this queue is due. False: no thread is free for it, and another process should be told."""
         if bell := self._bells.get(queue_name):
+            self._heard.add(queue_name)
             bell.set()
         if self.above is not None:
             self.overtake.set()
@@ -202,11 +205,13 @@ class Claims:
         deadline = time.monotonic() + timeout
         while not self.closed:
             self._rest(queue_name, bell)
-            told = bell.is_set()
-            bell.clear()
+            if told := bell.is_set():
+                bell.clear()
             pause = None
             if told or queue_name not in self._sound or self._something_waits(queue_name):
+                slept, heard = queue_name in self._sound, queue_name in self._heard
                 self._sound.discard(queue_name)
+                self._heard.discard(queue_name)
                 with self._turns:
                     room = self._wait_for(self._room, deadline)
                     if room == 0 or self.closed:
@@ -214,16 +219,16 @@ class Claims:
                     large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
                     if not large:
                         room = min(room, self.work.threads)
-                        jobs, pause = self._claim(queue_name, room, deadline)
+                        jobs, pause = self._claim(queue_name, room, deadline, slept)
                 if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
                     try:
-                        jobs, pause = self._claim(queue_name, room, deadline)
+                        jobs, pause = self._claim(queue_name, room, deadline, slept)
                     finally:
                         self._large.release()
                 if jobs:
                     self._note_work(queue_name, jobs, room)
                     return jobs
-                if told and self._full():
+                if heard and self._full():
                     self._pass_on(queue_name)
             if (standing := self._standing_by.get(queue_name)) is not None:
                 shortest, longest = STAND_BY
@@ -305,7 +310,7 @@ class Claims:
         others."""
         with self._looking:
             now = time.monotonic()
-            if now - self._looked_at < 0.9 * self._poll_interval:
+            if now < self._looked_at + 0.9 * self._poll_interval:
                 return False
             waiting = {name for (name,) in self._database.run("waiting_queues", queues=db.array(list(self._sound)))}
             self._looked_at = now
@@ -313,10 +318,9 @@ class Claims:
             self._bells[other].set()
         return queue_name in waiting
 
-    def _claim(self, queue_name: str, room: int, deadline: float) -> tuple[list[RunningJob], float | None]:
+    def _claim(self, queue_name: str, room: int, deadline: float, slept: bool) -> tuple[list[RunningJob], float | None]:
         """Claim, knowing which queues have limits and which priorities wait. Who slept starts a job at once by what it knew before, and
         looks around when that brings none."""
-        slept = queue_name in self._naps
         if not slept:
             self._look_around(queue_name)
         known = self._known(queue_name)
@@ -336,13 +340,14 @@ class Claims:
             self._database.run("pass_on", id=self._worker(), queue=queue_name)
 
     def _look_around(self, queue_name: str) -> None:
-        """Look which queues have limits, and which priorities besides the named ones wait in this one (Dramatiq's actors may have any),
-        once in a poll interval."""
-        latest = time.monotonic() - self._poll_interval
-        if self._limits_read_at < latest:
+        """Look, once in a poll interval, which queues have limits, and which priorities besides the named ones wait in this one (Dramatiq's
+        actors may have any); the latter more rarely the more processes there are while work comes briskly."""
+        now = time.monotonic()
+        if self._limits_read_at < now - self._poll_interval:
             self._limited = {name for (name,) in self._database.run("limited_queues")}
             self._limits_read_at = time.monotonic()
-        if queue_name not in self._limited and self._priorities_read_at.get(queue_name, UNKNOWN) < latest:
+        every = self._poll_interval * (1 if queue_name in self._naps else self.workers)
+        if queue_name not in self._limited and self._priorities_read_at.get(queue_name, UNKNOWN) < now - every:
             others = {priority for (priority,) in self._database.run("other_priorities", queue=queue_name, named=NAMED)}
             self._priorities[queue_name] = sorted(others.union(NAMED))
             self._priorities_read_at[queue_name] = time.monotonic()
@@ -562,15 +567,18 @@ class Claims:
             if naps >= len(NAPS) and self.above is None and self._busy_above is not None:
                 self._database.run("be_busy", id=self._worker(), above=None)
                 self._busy_above = None
-            if self._occupied:
+            if self._occupied and queue_name not in self._sound:
                 self._database.run("be_occupied", id=self._worker(), occupied=False)
                 self._occupied = False
             asleep[queue_name] = naps + 1
         if naps < len(NAPS):
             return NAPS[naps] if pause is None else min(pause, NAPS[naps])
-        if pause is None:
-            self._sound.add(queue_name)
-        return self._poll_interval if pause is None else min(pause, self._poll_interval)
+        if pause is not None:
+            return min(pause, self._poll_interval)
+        self._sound.add(queue_name)
+        # Until the next look at all of them is due: who finds that it was made just now waits no longer than the others.
+        wait = self._looked_at + self._poll_interval - time.monotonic()
+        return wait if wait > 0 else self._poll_interval
 
     def _be_busy(self, above: int) -> None:
         """Jobs of this priority wait in memory. It is worth a write to hear of more urgent ones; to hear of fewer, now and then."""

@@ -141,8 +141,8 @@ MUTANTS = [
     Mutant(
         "no polling while notifications work",
         "jobsys/claims.py",
-        "        return self._poll_interval if pause is None",
-        "        return 3600.0 if pause is None",
+        "        return wait if wait > 0 else self._poll_interval",
+        "        return 3600.0",
         "tests/test_worker.py -k nobody_is_told_of",
     ),
     Mutant(
@@ -155,8 +155,8 @@ MUTANTS = [
     Mutant(
         "a process that was told while it had no room sleeps on",
         "jobsys/claims.py",
-        "                self._sound.discard(queue_name)\n                with self._turns",
-        "                with self._turns",
+        "                self._sound.discard(queue_name)\n",
+        "",
         "tests/test_claims.py -k had_no_room_is_claimed",
     ),
     Mutant(
@@ -165,6 +165,34 @@ MUTANTS = [
         "            if (known_now := self._known(queue_name)) != known:",
         "            if (known_now := self._known(queue_name)) != known and False:",
         "tests/test_claims.py -k looks_around",
+    ),
+    Mutant(
+        "a look for anything that waits may read the whole table",
+        "sql/queue.sql",
+        "jobs.queue = looked_at.queue order by priority, run_at, id limit 1",
+        "jobs.queue = looked_at.queue limit 1",
+        "tests/test_queue.py -k look_at_empty_queues",
+    ),
+    Mutant(
+        "a bell that rings as a nap ends is not heard",
+        "jobsys/claims.py",
+        "            if told := bell.is_set():\n                bell.clear()\n",
+        "            told = bell.is_set()\n            bell.clear()\n",
+        "tests/test_claims.py -k just_as_its_nap_ends",
+    ),
+    Mutant(
+        "who has slow work does not look around",
+        "jobsys/claims.py",
+        "                slept, heard = queue_name in self._sound,",
+        "                slept, heard = queue_name in self._naps,",
+        "tests/test_claims.py -k also_when_it_is_slow",
+    ),
+    Mutant(
+        "a queue that sleeps says that there is room",
+        "jobsys/claims.py",
+        "            if self._occupied and queue_name not in self._sound:",
+        "            if self._occupied:",
+        "tests/test_claims.py -k that_another_has_not",
     ),
     Mutant(
         "an outcome that can't be written is dropped",

@@ -290,12 +290,70 @@ def test_who_is_told_claims_at_once_and_looks_around_when_that_brings_nothing(
     claims._limits_read_at = claims._priorities_read_at["default"] = 0.0
     job = system.submit("TEST_JOB")
     assert taken() == [job.id] and asked == [None]
+    assert claims.take("default", 0.3) == []
+    claims._limits_read_at = claims._priorities_read_at["default"] = 0.0
     [(odd,)] = execute(database_url, "insert into jobs (type, priority) values ('TEST_JOB', 7) returning id::text")
     assert taken() == [odd] and asked == [None, "limited_queues", "other_priorities", None]
+    assert claims.take("default", 0.3) == []
     claims._limits_read_at = 0.0
     system.limit("default", max_running=3)
     job = system.submit("TEST_JOB")
     assert taken() == [job.id] and asked[:2] == [None, "limited_queues"]
+
+
+def test_who_has_work_looks_around_before_each_claim_also_when_it_is_slow(
+    system: JobSystem, claims: Claims, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert claims.take("default", 0.3) == []
+    monkeypatch.setattr(claims, "_room", lambda: 1)
+    waiting = system.submit_many(Submission("TEST_JOB") for _ in range(4))
+    claims.wake("default")
+    assert [job.message_id for job in claims.take("default", 1)] == waiting[:1] and asleep(database_url) == ["default"]
+    [(odd,)] = execute(database_url, "insert into jobs (type, priority) values ('TEST_JOB', -50) returning id::text")
+    claims._priorities_read_at["default"] = 0.0
+    assert [job.message_id for job in claims.take("default", 1)] == [odd]
+    system.limit("default", max_running=3)
+    claims._limits_read_at = 0.0
+    claims.work.expected.clear()
+    assert len(claims.take("default", 1)) == 1 and claims._limited == {"default"}
+    system.limit("default", max_running=None)
+    claims._limits_read_at = 0.0
+    assert len(claims.take("default", 1)) == 1 and claims._limited == set()
+
+
+class RungWhileLookedAt(threading.Event):
+    """An event that is set right after somebody saw that it is not, once."""
+
+    armed = False
+
+    def is_set(self) -> bool:
+        was_set = super().is_set()
+        if self.armed and not was_set:
+            self.armed = False
+            self.set()
+        return was_set
+
+
+def test_who_is_told_just_as_its_nap_ends_does_not_miss_it(system: JobSystem, claims: Claims) -> None:
+    claims._bells["default"] = bell = RungWhileLookedAt()
+    assert claims.take("default", 0.3) == []
+    job = system.submit("TEST_JOB")
+    claims._looked_at = time.monotonic()
+    bell.armed = True
+    assert [job.message_id for job in claims.take("default", 0.5)] == [job.id]
+
+
+def test_a_queue_that_sleeps_says_nothing_of_the_room_that_another_has_not(
+    system: JobSystem, claims: Claims, asked: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queues = ("default", "ingestion")
+    for queue in queues:
+        assert claims.take(queue, 0.3) == []
+    monkeypatch.setattr(claims, "_room", lambda: 0)
+    claims.wake("default")
+    with ThreadPoolExecutor(2) as threads:
+        assert [*threads.map(claims.take, queues, (1.5, 1.5))] == [[], []]
+    assert [each for each in asked if each == "be_occupied"] == ["be_occupied"]
 
 
 def test_a_job_of_which_a_process_was_told_that_had_no_room_is_claimed_when_it_has_some(

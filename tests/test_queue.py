@@ -643,6 +643,13 @@ def test_a_claim_costs_the_same_whatever_has_piled_up(system: JobSystem, worker:
     assert touched(database_url, "waiting_queues", queues=["default", "q7", "nothing here"]) <= 12
 
 
+def test_a_look_at_empty_queues_does_not_read_the_table_when_a_paused_one_is_full(system: JobSystem, database_url: str) -> None:
+    for _ in range(5):
+        pile_up(database_url, "PENDING", queue="'paused'")
+    execute(database_url, "vacuum analyze jobs")
+    assert touched(database_url, "waiting_queues", queues=["default", "ingestion"]) <= 8
+
+
 def test_what_was_just_claimed_is_not_walked_over_in_search_of_other_priorities(
     system: JobSystem, worker: Worker, database_url: str
 ) -> None:
