@@ -137,7 +137,7 @@ class Claims:
         self._naps: dict[str, int] = {}
         """The queues this process sleeps on, as its row says, and how often it has looked since."""
         self._sound: set[str] = set()
-        """Those of them that it claims from only when told, or when it finds that anything waits: it looks at all, once a poll interval."""
+        """Those of them that it claims from only when it is told, or finds that anything waits there: it looks at all of them together."""
         self._looking = threading.Lock()
         self._looked_at = float("-inf")
         self._busy_above: float | None = None
@@ -330,14 +330,6 @@ class Claims:
             if (known_now := self._known(queue_name)) != known:
                 jobs, pause = self._claim_knowing(*known_now, queue_name, room, deadline)
         return jobs, pause
-
-    def _pass_on(self, queue_name: str) -> None:
-        """This process was told of a job that may be of a type of which it may take no more just now: another one may. Once in a poll
-        interval, because all may be full."""
-        now = time.monotonic()
-        if now - self._passed_on_at.get(queue_name, UNKNOWN) > self._poll_interval:
-            self._passed_on_at[queue_name] = now
-            self._database.run("pass_on", id=self._worker(), queue=queue_name)
 
     def _look_around(self, queue_name: str) -> None:
         """Look, once in a poll interval, which queues have limits, and which priorities besides the named ones wait in this one (Dramatiq's
@@ -571,14 +563,22 @@ class Claims:
                 self._database.run("be_occupied", id=self._worker(), occupied=False)
                 self._occupied = False
             asleep[queue_name] = naps + 1
-        if naps < len(NAPS):
-            return NAPS[naps] if pause is None else min(pause, NAPS[naps])
         if pause is not None:
             return min(pause, self._poll_interval)
+        if naps < len(NAPS):
+            return NAPS[naps]
         self._sound.add(queue_name)
         # Until the next look at all of them is due: who finds that it was made just now waits no longer than the others.
         wait = self._looked_at + self._poll_interval - time.monotonic()
         return wait if wait > 0 else self._poll_interval
+
+    def _pass_on(self, queue_name: str) -> None:
+        """This process was told of a job that may be of a type of which it may take no more just now: another one may. Once in a poll
+        interval, because all may be full."""
+        now = time.monotonic()
+        if now - self._passed_on_at.get(queue_name, UNKNOWN) > self._poll_interval:
+            self._passed_on_at[queue_name] = now
+            self._database.run("pass_on", id=self._worker(), queue=queue_name)
 
     def _be_busy(self, above: int) -> None:
         """Jobs of this priority wait in memory. It is worth a write to hear of more urgent ones; to hear of fewer, now and then."""

@@ -28,8 +28,8 @@ COOPERATION = 1.0
 STUBBORNNESS = 5.0
 """Seconds after which a job that ignored that too costs its process."""
 TICK = 0.1
-COMPANY = 1.0
-"""Seconds after which a new worker looks again how many there are: others have started with it."""
+SECOND_BEAT = 1.0
+"""Seconds after which a new worker beats again, and learns how many there are by now: others have started with it."""
 PAUSE = 0.01
 """Seconds from one time that a job is passed on to the next: where all are full, it would go round and round."""
 log = logs.get(__name__)
@@ -111,8 +111,8 @@ class Heart(threading.Thread):
                 db.run(self._connection, "declare_types", **presence.broker.declared_types(presence.served))
                 presence.claims.forget()
                 self._introduced = presence.id
-        beat_in = presence.settings.worker_heartbeat
-        self._beat_at = time.monotonic() + (min(beat_in, COMPANY) if newly else beat_in)
+        every = presence.settings.worker_heartbeat
+        self._beat_at = time.monotonic() + (min(every, SECOND_BEAT) if newly else every)
         self.first_beat.set()
 
     def _leave_in_peace(self) -> None:
