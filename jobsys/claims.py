@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection
 from operator import itemgetter
 from typing import NamedTuple
@@ -157,7 +157,7 @@ class Claims:
         """The queues of which the last claim brought only what is more urgent than most: the next one brings whatever there is."""
         self._places: dict[str, dict[int, tuple[str, str]]] = {}
         self._look_from_start_at: dict[str, float] = {}
-        self._priorities: dict[str, list[int]] = {}
+        self._priorities: defaultdict[str, list[int]] = defaultdict(lambda: NAMED)
         self._priorities_read_at: dict[str, float] = {}
         self._limited: set[str] = set()
         self._limits_read_at = float("-inf")
@@ -209,27 +209,11 @@ class Claims:
                 bell.clear()
             pause = None
             if told or queue_name not in self._sound or self._something_waits(queue_name):
-                slept, heard = queue_name in self._sound, queue_name in self._heard
-                self._sound.discard(queue_name)
-                self._heard.discard(queue_name)
-                with self._turns:
-                    room = self._wait_for(self._room, deadline)
-                    if room == 0 or self.closed:
-                        return []
-                    large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
-                    if not large:
-                        room = min(room, self.work.threads)
-                        jobs, pause = self._claim(queue_name, room, deadline, slept)
-                if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
-                    try:
-                        jobs, pause = self._claim(queue_name, room, deadline, slept)
-                    finally:
-                        self._large.release()
+                if (claimed := self._claim_in_turn(queue_name, deadline)) is None:
+                    return []
+                jobs, pause = claimed
                 if jobs:
-                    self._note_work(queue_name, jobs, room)
                     return jobs
-                if heard and self._full():
-                    self._pass_on(queue_name)
             if (standing := self._standing_by.get(queue_name)) is not None:
                 shortest, longest = STAND_BY
                 longest *= min(max(1.0, self.workers / MANY), 4.0)
@@ -254,7 +238,7 @@ class Claims:
             (priority, queue_name)
             for queue_name in list(self._places)
             if queue_name not in self._limited
-            for priority in self._priorities.get(queue_name, NAMED)
+            for priority in self._priorities[queue_name]
             if priority < above
         ]
         if not looks:
@@ -318,17 +302,42 @@ class Claims:
             self._bells[other].set()
         return queue_name in waiting
 
+    def _claim_in_turn(self, queue_name: str, deadline: float) -> tuple[list[RunningJob], float | None] | None:
+        """Claim as soon as there is room, the queues of this process in turns; and how long to wait before the next claim, where that is
+        known. None: there was no room until the deadline."""
+        slept, heard = queue_name in self._sound, queue_name in self._heard
+        self._sound.discard(queue_name)
+        self._heard.discard(queue_name)
+        with self._turns:
+            room = self._wait_for(self._room, deadline)
+            if room == 0 or self.closed:
+                return None
+            large = room > self.work.threads and queue_name not in self._limited and self._large.acquire(blocking=False)
+            if not large:
+                room = min(room, self.work.threads)
+                jobs, pause = self._claim(queue_name, room, deadline, slept)
+        if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
+            try:
+                jobs, pause = self._claim(queue_name, room, deadline, slept)
+            finally:
+                self._large.release()
+        if jobs:
+            self._note_work(queue_name, jobs, room)
+        elif heard and self._full():
+            self._pass_on(queue_name)
+        return jobs, pause
+
     def _claim(self, queue_name: str, room: int, deadline: float, slept: bool) -> tuple[list[RunningJob], float | None]:
         """Claim, knowing which queues have limits and which priorities wait. Who slept starts a job at once by what it knew before, and
         looks around when that brings none."""
         if not slept:
             self._look_around(queue_name)
         known = self._known(queue_name)
-        jobs, pause = self._claim_knowing(*known, queue_name, room, deadline)
+        jobs, pause = self._claim_knowing(queue_name, room, deadline)
         if slept and not jobs:
             self._look_around(queue_name)
-            if (known_now := self._known(queue_name)) != known:
-                jobs, pause = self._claim_knowing(*known_now, queue_name, room, deadline)
+            if self._known(queue_name) != known:
+                jobs, pause = self._claim_knowing(queue_name, room, deadline)
         return jobs, pause
 
     def _look_around(self, queue_name: str) -> None:
@@ -345,17 +354,15 @@ class Claims:
             self._priorities_read_at[queue_name] = time.monotonic()
 
     def _known(self, queue_name: str) -> tuple[bool, list[int]]:
-        return queue_name in self._limited, self._priorities.get(queue_name, NAMED)
+        return queue_name in self._limited, self._priorities[queue_name]
 
-    def _claim_knowing(
-        self, limited: bool, priorities: list[int], queue_name: str, room: int, deadline: float
-    ) -> tuple[list[RunningJob], float | None]:
-        if not limited:
-            return self._claim_freely(queue_name, priorities, room), None
+    def _claim_knowing(self, queue_name: str, room: int, deadline: float) -> tuple[list[RunningJob], float | None]:
+        if queue_name not in self._limited:
+            return self._claim_freely(queue_name, room), None
         self._standing_by.pop(queue_name, None)
         return self._claim_limited(queue_name, deadline)
 
-    def _claim_freely(self, queue_name: str, priorities: list[int], room: int) -> list[RunningJob]:
+    def _claim_freely(self, queue_name: str, room: int) -> list[RunningJob]:
         """Claim from where the last claim ended, or from the start: now and then (somebody may have committed late), whenever fewer came
         than were asked for, and when a type that was full has room again. So dead index entries, which an old snapshot keeps, and the
         backlog of a full type are walked over rarely and not at each claim.
@@ -368,7 +375,7 @@ class Claims:
         self._full_before[queue_name] = full
         if from_start:
             self._places[queue_name] = {}
-        looks = [(queue_name, priority) for priority in priorities]
+        looks = [(queue_name, priority) for priority in self._priorities[queue_name]]
         ahead_of = self.above if room > self.work.threads and queue_name not in self._overtaken else None
         jobs, all_found = self._claim_fitting(looks, room, self._turn(queue_name, room, now), ahead_of)
         if queue_name in self._standing_by:
