@@ -276,8 +276,10 @@ class Claims:
         return min(max(free, ahead - unstarted if unstarted <= self.work.low_water else 0), LARGEST_CLAIM)
 
     def _pace(self) -> float:
-        """How many jobs per second the threads can do: by the time the last ones took them, not by how many there were, because a process
-        that waits for work is not slow. 0 when none has finished just now: what was measured before says nothing of those that run."""
+        """How many jobs per second the threads can do: how many they did, if there always was another one for them; else by the time that
+        the last ones took, because a process that waits for work is not slow. (Of jobs that compute in Python the latter may be as many
+        times too many as there are threads: one does several in a row while the others wait for the interpreter.) 0 when none has finished
+        just now: what was measured before says nothing of those that run."""
         now, finished, busy = time.monotonic(), self.work.finished, self.work.busy_seconds
         if now - self.work.finished_at > AHEAD:
             return 0.0
@@ -286,7 +288,9 @@ class Claims:
             samples.append((now, finished, busy))
         while len(samples) > 1 and samples[1][0] < now - 2 * AHEAD:
             samples.popleft()
-        _, finished_before, busy_before = samples[0]
+        before, finished_before, busy_before = samples[0]
+        if self.work.ran_dry_at < before < now:
+            return (finished - finished_before) / (now - before)
         return (finished - finished_before) / max(busy - busy_before, 1e-6) * self.work.threads
 
     def _something_waits(self, queue_name: str) -> bool:

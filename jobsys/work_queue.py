@@ -32,6 +32,8 @@ class WorkQueue(queue.Queue):
         """When the last one did, by time.monotonic."""
         self.busy_seconds = 0.0
         """What the finished ones took their threads, in all."""
+        self.ran_dry_at = float("-inf")
+        """When a thread last found nothing to take, by time.monotonic."""
         self._started: dict[int, float] = {}
         self.room = threading.Event()
         """Set when another claim may be due."""
@@ -84,7 +86,9 @@ class WorkQueue(queue.Queue):
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         with self.mutex:
             if block and not self._startable and not self.closed:
+                self.ran_dry_at = time.monotonic()
                 self.not_empty.wait(timeout)
+                self.ran_dry_at = time.monotonic()
             if self._startable if block else self._qsize() > 0:
                 return self._get()
         if self.closed:

@@ -41,6 +41,13 @@ MUTANTS = [
         "tests/test_queue.py -k finishing_twice",
     ),
     Mutant(
+        "jobs that compute are claimed as if each thread had a core",
+        "jobsys/claims.py",
+        "if self.work.ran_dry_at < before < now:",
+        "if False:",
+        "tests/test_claims.py -k set_the_pace",
+    ),
+    Mutant(
         "a restored database may give a claim its old number",
         "sql/queue.sql",
         "claim = claim + 1 + (random() * 2147483647)::bigint",

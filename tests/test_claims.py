@@ -434,6 +434,20 @@ def test_only_jobs_that_end_right_now_set_a_pace(system: JobSystem, claims: Clai
     assert taken > THREADS if crowd else taken == THREADS
 
 
+@pytest.mark.parametrize(("ran_dry", "most"), [(False, 100), (True, 400)])
+def test_threads_that_wait_for_the_interpreter_and_not_for_a_job_set_the_pace_they_go_at(
+    system: JobSystem, claims: Claims, ran_dry: bool, most: int
+) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(500))
+    now = time.monotonic()
+    claims._pace_samples[0] = (now - 0.2, 0, 0.0)
+    work = claims.work
+    work.threads, work.finished, work.busy_seconds, work.finished_at = 4, 200, 0.2, now  # 1 ms each, one at a time
+    if ran_dry:
+        work.ran_dry_at = now
+    assert most / 2 < len(claims.take("default", 0.1)) <= most
+
+
 @pytest.fixture
 def bounded(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """`claims` may take four more TEST_JOBs, whatever it takes. The sizes of its claims."""

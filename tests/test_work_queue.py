@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 
 from jobsys.ids import new_job_id
 from jobsys.running import RunningJob
@@ -71,6 +72,15 @@ def test_there_is_room_as_soon_as_the_last_job_has_started() -> None:
     work.room.clear()
     taken(work)
     assert work.room.is_set()
+
+
+def test_it_ran_dry_when_a_thread_found_nothing() -> None:
+    work = holding(claimed())
+    taken(work)
+    assert work.ran_dry_at == float("-inf")
+    before = time.monotonic()
+    taken(work)
+    assert work.ran_dry_at >= before
 
 
 def test_a_closed_queue_hands_nothing_out() -> None:
