@@ -24,7 +24,7 @@ def measure(bench: Bench) -> Result:
     """Rates by the database's clock, from the first start to the last end. A small backlog is to a slow peer's advantage. Details have the
     share that is left of the rate without counters, and the CPU that a job costs."""
     jobs = bench.sized(100_000)
-    others = peers.available("pgqueuer", "procrastinate", "chancy", "dramatiq_pg")
+    others = peers.available("pgqueuer", "procrastinate", "chancy", "dramatiq_pg", "graphile_worker", "pg_boss")
     contenders = {"jobsys": partial(ours, bench, jobs), "floor": partial(bare, bench, jobs)}
     backlogs = {peer.name: min(jobs, bench.sized(peer.backlog)) for peer in others}
     contenders |= {peer.name: partial(theirs, bench, peer, backlogs[peer.name]) for peer in others}

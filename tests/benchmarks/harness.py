@@ -7,6 +7,7 @@ import itertools
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,13 @@ def program(command: list[str], env: dict[str, str]) -> Iterator[subprocess.Pope
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def environment(system: JobSystem, **env: str) -> dict[str, str]:

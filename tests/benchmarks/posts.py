@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobsys.system import JobSystem
-from tests.benchmarks.harness import CHECKOUT, PROCESSES, environment, program, wait_until
+from tests.benchmarks.harness import CHECKOUT, PROCESSES, environment, free_port, program, wait_until
 from tests.benchmarks.result import percentiles
 
 CONNECTIONS = 32
@@ -32,14 +32,12 @@ HEAD = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/jso
 @contextlib.contextmanager
 def web(system: JobSystem, **env: str) -> Iterator[tuple[int, int]]:
     """The web server as the Procfile starts it, without a rate limit unless one is given; its port, and the number of its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "gunicorn", "jobsys.app:create_app()", "--config", "python:jobsys.gunicorn_conf"]
     ours = {"HOST": "127.0.0.1", "PORT": str(port), "WEB_PROCESSES": str(PROCESSES), "RATE_LIMIT": "0"}
     env = environment(system, **ours | env)
     with program(command, env) as process:
-        wait_until(lambda: _answers(port), "the web server answers", process=process)
+        wait_until(lambda: answers(port), "the web server answers", process=process)
         yield port, process.pid
 
 
@@ -103,7 +101,8 @@ def _whole(answer: bytes) -> bool:
     return length is not None and len(body) >= int(length[1])
 
 
-def _answers(port: int) -> bool:
+def answers(port: int) -> bool:
+    """Whether a web server is there, and well."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as connection:
         connection.sendall(b"GET /health/live HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
         return b" 200 " in connection.recv(1000)

@@ -1,4 +1,4 @@
-"""Other job servers on PostgreSQL, each tuned as its own documentation and benchmark say, in two worker processes like ours.
+"""Other job servers, on PostgreSQL but for one, each tuned as its own documentation and benchmark say, in two worker processes like ours.
 
 A module a peer: its `main` is one worker process, and its `PEER` says how to install, submit and look.
 """
@@ -82,6 +82,10 @@ class Peer:
     def wait_until_drained(self, url: str, timeout: float = 120.0) -> None:
         """Return when nothing is left to do."""
         wait_until(lambda: not execute(url, self.unfinished)[0][0], f"{self.name} had finished every job", timeout=timeout)
+
+    def posted(self, bench: Bench, seconds: int) -> dict[str, float]:
+        """What came of posting to its web server for so long: see posts.py."""
+        raise NotImplementedError
 
     def rate(self, url: str, jobs: int) -> float:
         """Jobs per second, from the first start to the last end."""
