@@ -276,22 +276,20 @@ class Claims:
         return min(max(free, ahead - unstarted if unstarted <= self.work.low_water else 0), LARGEST_CLAIM)
 
     def _pace(self) -> float:
-        """How many jobs per second the threads can do: how many they did, if there always was another one for them; else by the time that
-        the last ones took, because a process that waits for work is not slow. (Of jobs that compute in Python the latter may be as many
-        times too many as there are threads: one does several in a row while the others wait for the interpreter.) 0 when none has finished
-        just now: what was measured before says nothing of those that run."""
-        now, finished, busy = time.monotonic(), self.work.finished, self.work.busy_seconds
+        """How many jobs per second the threads can do: how many they did in the time in which at least one ran, because a process that
+        waits for work is not slow. (Not by the time that each took: those that compute in Python would seem as many times too fast as there
+        are threads, because one does several in a row while the others wait for the interpreter.) 0 when none has finished just now: what
+        was measured before says nothing of those that run."""
+        now, finished, active = time.monotonic(), self.work.finished, self.work.active_seconds
         if now - self.work.finished_at > AHEAD:
             return 0.0
         samples = self._pace_samples
         if now - samples[-1][0] > 0.02:
-            samples.append((now, finished, busy))
+            samples.append((now, finished, active))
         while len(samples) > 1 and samples[1][0] < now - 2 * AHEAD:
             samples.popleft()
-        before, finished_before, busy_before = samples[0]
-        if self.work.ran_dry_at < before < now:
-            return (finished - finished_before) / (now - before)
-        return (finished - finished_before) / max(busy - busy_before, 1e-6) * self.work.threads
+        _, finished_before, active_before = samples[0]
+        return (finished - finished_before) / max(active - active_before, 1e-6)
 
     def _something_waits(self, queue_name: str) -> bool:
         """Whether anything waits in a queue on which this process sleeps soundly. Who asks first asks for all of them, and rings for the

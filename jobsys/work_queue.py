@@ -30,11 +30,9 @@ class WorkQueue(queue.Queue):
         self.finished = 0
         self.finished_at = float("-inf")
         """When the last one did, by time.monotonic."""
-        self.busy_seconds = 0.0
-        """What the finished ones took their threads, in all."""
-        self.ran_dry_at = float("-inf")
-        """When a thread last found nothing to take, by time.monotonic."""
-        self._started: dict[int, float] = {}
+        self.active_seconds = 0.0
+        """For how long, until then, at least one job ran."""
+        self._active_since = 0.0
         self.room = threading.Event()
         """Set when another claim may be due."""
         self.closed = False
@@ -67,12 +65,13 @@ class WorkQueue(queue.Queue):
         self.queue.sort(key=_order, reverse=True)
 
     def _get(self) -> tuple[int, RunningJob]:
+        if self.unfinished_tasks == self._qsize():
+            self._active_since = time.monotonic()
         if self.queue:
             job = self.queue.pop()
         else:
             job = self._suspects.pop()
             self._suspect_runs = True
-        self._started[threading.get_ident()] = time.monotonic()
         self.expected.discard(job)
         self._signal_room()
         return (0, job)
@@ -86,9 +85,7 @@ class WorkQueue(queue.Queue):
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         with self.mutex:
             if block and not self._startable and not self.closed:
-                self.ran_dry_at = time.monotonic()
                 self.not_empty.wait(timeout)
-                self.ran_dry_at = time.monotonic()
             if self._startable if block else self._qsize() > 0:
                 return self._get()
         if self.closed:
@@ -100,7 +97,8 @@ class WorkQueue(queue.Queue):
         with self.mutex:
             self.finished += 1
             self.finished_at = now
-            self.busy_seconds += now - self._started.get(threading.get_ident(), now)
+            self.active_seconds += now - self._active_since
+            self._active_since = now
             self._forget(1)
             if self._suspect_runs or self._suspects:
                 self._suspect_runs = False

@@ -41,11 +41,11 @@ MUTANTS = [
         "tests/test_queue.py -k finishing_twice",
     ),
     Mutant(
-        "jobs that compute are claimed as if each thread had a core",
-        "jobsys/claims.py",
-        "if self.work.ran_dry_at < before < now:",
-        "if False:",
-        "tests/test_claims.py -k set_the_pace",
+        "a process that waits for work is slow",
+        "jobsys/work_queue.py",
+        "            self._active_since = time.monotonic()\n",
+        "            self._active_since = self._active_since or time.monotonic()\n",
+        "tests/test_work_queue.py -k active",
     ),
     Mutant(
         "a restored database may give a claim its old number",

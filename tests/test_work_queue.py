@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import queue
-import time
+
+import pytest
 
 from jobsys.ids import new_job_id
 from jobsys.running import RunningJob
@@ -74,13 +75,18 @@ def test_there_is_room_as_soon_as_the_last_job_has_started() -> None:
     assert work.room.is_set()
 
 
-def test_it_ran_dry_when_a_thread_found_nothing() -> None:
-    work = holding(claimed())
-    taken(work)
-    assert work.ran_dry_at == float("-inf")
-    before = time.monotonic()
-    taken(work)
-    assert work.ran_dry_at >= before
+def test_a_process_is_active_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobsys.work_queue.time.monotonic", lambda: now)
+    work = holding(claimed(), claimed(), claimed())
+    for moment, act in ((100.0, work.get), (101.0, work.get), (103.0, work.task_done), (104.0, work.task_done)):
+        now = moment
+        act()
+    assert (work.finished, work.active_seconds, work.finished_at) == (2, 4.0, 104.0), "two ran at once for a while"
+    for moment, act in ((110.0, work.get), (111.0, work.task_done)):
+        now = moment
+        act()
+    assert (work.finished, work.active_seconds, work.finished_at) == (3, 5.0, 111.0), "in between none did"
 
 
 def test_a_closed_queue_hands_nothing_out() -> None:
