@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -204,8 +205,10 @@ def machine(server: str) -> str:
     """What the numbers were measured on."""
     asked = "select current_setting('server_version'), current_setting('fsync'), current_setting('synchronous_commit')"
     version, fsync, commit = execute(server, asked)[0]
-    software = f"Python {platform.python_version()}, PostgreSQL {version.split()[0]}"
-    return f"{os.cpu_count()} cores, {software} (fsync {fsync}, synchronous_commit {commit})"
+    software = f"Python {platform.python_version()}, PostgreSQL {version.split()[0]} (fsync {fsync}, synchronous_commit {commit})"
+    if node := shutil.which("node"):
+        software += f", Node.js {subprocess.run([node, '--version'], capture_output=True, text=True).stdout.strip()}"
+    return f"{os.cpu_count()} cores, {software}"
 
 
 def versions(*distributions: str) -> dict[str, str]:

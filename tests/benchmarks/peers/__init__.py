@@ -1,6 +1,6 @@
-"""Other job servers, on PostgreSQL but for one, each tuned as its own documentation and benchmark say, in two worker processes like ours.
+"""Other job servers, each tuned as its own documentation and benchmark say, in two processes like ours.
 
-A module a peer: its `main` is one worker process, and its `PEER` says how to install, submit and look.
+A module a peer: its `PEER` says how to install, submit and look. Its `main`, or a script in `node`, is one worker process.
 """
 
 from __future__ import annotations

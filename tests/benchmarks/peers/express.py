@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 
 from tests.benchmarks.harness import Bench, execute, free_port, program, wait_until
 from tests.benchmarks.peers import Peer
-from tests.benchmarks.peers.node import DIRECTORY, version
+from tests.benchmarks.peers.node import DIRECTORY, require, version
 from tests.benchmarks.posts import answers, post
 
 TABLES = """
@@ -35,9 +35,7 @@ class Express(Peer):
     distribution = "express"
 
     def __init__(self) -> None:
-        version(self.distribution)
-        if not shutil.which("redis-server"):
-            raise FileNotFoundError("redis-server")
+        require("redis-server")
 
     @property
     def name(self) -> str:
@@ -51,7 +49,7 @@ class Express(Peer):
             self.install(url)
             port = free_port()
             command = ["node", str(DIRECTORY / "express.js"), str(port), url, str(redis_port)]
-            with program(command, dict(os.environ)) as process:
+            with program(command, os.environ | {"NODE_ENV": "production"}) as process:
                 wait_until(lambda: answers(port), "Express answers", process=process)
                 post(port, 1)
                 return post(port, seconds)
@@ -63,8 +61,15 @@ def redis() -> Iterator[int]:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="jobsys-redis-") as directory:
         command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--appendonly", "yes", "--save", ""]
-        with program([*command, "--logfile", "log"], dict(os.environ)):
+        with program([*command, "--logfile", "log"], dict(os.environ)) as process:
+            wait_until(lambda: _listens(port), "Redis listens", process=process)
             yield port
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
+        return True
+    return False
 
 
 PEER = Express()

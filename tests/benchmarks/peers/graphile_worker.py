@@ -15,7 +15,6 @@ class GraphileWorker(NodePeer):
             array(select json_populate_record(null::graphile_worker.job_spec, '{"identifier": "noop"}') from generate_series(1, %s))
         )
     """
-    waiting = "select count(*) from graphile_worker._private_jobs where locked_at is null"
     unfinished = "select exists (select from graphile_worker._private_jobs)"
     span = "select max(last) - min(first) from bench_span"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,17 @@ DIRECTORY = Path(__file__).parent / "node"
 
 
 def version(package: str) -> str:
-    """The installed version. Raises FileNotFoundError when it isn't installed."""
-    described = json.loads((DIRECTORY / "node_modules" / package / "package.json").read_text())
-    return str(described["version"])
+    """The installed version."""
+    return str(json.loads((DIRECTORY / "node_modules" / package / "package.json").read_text())["version"])
+
+
+def require(*programs: str) -> None:
+    """Raises FileNotFoundError, which says what is missing."""
+    for name in ("node", *programs):
+        if not shutil.which(name):
+            raise FileNotFoundError(f"there is no {name} on the PATH")
+    if not (DIRECTORY / "node_modules" / "installed").exists():
+        raise FileNotFoundError("its packages are not installed; bin/bench does that where there is an npm")
 
 
 class SqlClient(Client):
@@ -40,7 +49,7 @@ class NodePeer(Peer):
     """A statement that submits so many no-ops."""
 
     def __init__(self) -> None:
-        version(self.distribution)
+        require()
 
     @property
     def name(self) -> str:

@@ -10,7 +10,6 @@ class PgBoss(NodePeer):
     script = "pg_boss.js"
     tuning = "batchSize 500, localConcurrency 2, burstWhenBatchFull"
     fill = "insert into pgboss.job (name) select 'noop' from generate_series(1, %s)"
-    waiting = "select count(*) from pgboss.job where name = 'noop' and state < 'active'"
     unfinished = "select exists (select from pgboss.job where name = 'noop' and state <= 'active')"
     span = "select extract(epoch from max(completed_on) - min(started_on)) from pgboss.job where name = 'noop'"
 

@@ -13,6 +13,7 @@ const TYPES = new Set(["NOOP"]);
 if (cluster.isPrimary) {
   cluster.fork();
   cluster.fork();
+  cluster.on("exit", () => process.exit(1)); // one alone would be measured as if it were two
   process.on("SIGTERM", () => process.exit(0));
 } else {
   process.on("disconnect", () => process.exit(0)); // the first process has ended
