@@ -12,6 +12,7 @@ from conftest import Running, eventually, execute
 from psycopg2 import extensions
 
 from jobsys import db
+from jobsys.chores import Chores
 from jobsys.system import JobSystem, Submission
 
 COMMITS = "select xact_commit from pg_stat_database where datname = current_database()"
@@ -59,6 +60,20 @@ def test_many_are_submitted_by_as_many_statements_as_a_few(statements: list[str]
         system.submit_many(Submission("TEST_JOB") for _ in range(number))
         counts.append(len(statements))
     assert counts == [2, 2]
+
+
+def test_nothing_is_promoted_while_nothing_falls_due(statements: list[str], system: JobSystem, database_url: str) -> None:
+    chores = Chores(system.broker.attend(threads=1))
+    looks = [db.STATEMENTS["next_due"]]
+    statements.clear()
+    assert chores.promote() is None and statements == looks
+    system.submit("TEST_JOB", delay=60)
+    statements.clear()
+    wait = chores.promote()
+    assert wait is not None and 30 < wait <= 60 and statements == looks
+    execute(database_url, "update jobs set run_at = now()")
+    assert chores.promote() is None
+    assert system.counts()["PENDING"] == 1
 
 
 def test_a_backlog_is_drained_by_few_commits(system: JobSystem, start_worker: Callable[..., Running], database_url: str) -> None:
