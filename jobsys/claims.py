@@ -161,6 +161,9 @@ class Claims:
         self._priorities_read_at: dict[str, float] = {}
         self._limited: set[str] = set()
         self._limits_read_at = float("-inf")
+        self._lead = 0.0
+        """Seconds from when a large claim is due until it brings its jobs, of late. (Threads that compute in Python keep it waiting for the
+        interpreter.)"""
         self._pace_samples: deque[tuple[float, int, float]] = deque([(time.monotonic(), 0, 0.0)])
 
     @property
@@ -267,13 +270,22 @@ class Claims:
         return 0 if self.work.expected else self.work.idle_threads
 
     def _room(self) -> int:
-        ahead = int(self._pace() * AHEAD)
-        self.work.low_water = ahead // 2
+        """None until there are no more jobs left than start in twice the time in which a claim brings others; then for as many as make up
+        AHEAD when it has brought them. The fewer the claims, the less they cost."""
+        pace = self._pace()
+        ahead, meanwhile = int(pace * AHEAD), int(pace * self._lead)
+        self.work.low_water = min(max(ahead // 8, 2 * meanwhile), ahead)
         unstarted = len(self.work.expected)
         if self._backlog() > 2 * LARGEST_CLAIM or self.work.holds_suspects:
             return 0
         free = self.work.idle_threads if unstarted == 0 else 0
-        return min(max(free, ahead - unstarted if unstarted <= self.work.low_water else 0), LARGEST_CLAIM)
+        return min(max(free, ahead + meanwhile - unstarted if unstarted <= self.work.low_water else 0), LARGEST_CLAIM)
+
+    def _note_lead(self, left: int) -> None:
+        """A claim has brought jobs when so many others were left."""
+        if (pace := self._pace()) > 0:
+            started = max(0, self.work.low_water - left)
+            self._lead += (min(started / pace, AHEAD) - self._lead) / 4
 
     def _pace(self) -> float:
         """How many jobs per second the threads can do: how many they did in the time in which at least one ran, because a process that
@@ -321,6 +333,8 @@ class Claims:
         if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
             try:
                 jobs, pause = self._claim(queue_name, room, deadline, slept)
+                if jobs:
+                    self._note_lead(len(self.work.expected) - len(jobs))
             finally:
                 self._large.release()
         if jobs:

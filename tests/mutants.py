@@ -48,6 +48,20 @@ MUTANTS = [
         "tests/test_work_queue.py -k active",
     ),
     Mutant(
+        "a claim is due as late as if it took no time",
+        "jobsys/claims.py",
+        "min(max(ahead // 8, 2 * meanwhile), ahead)",
+        "ahead // 8",
+        "tests/test_claims.py -k next_claim_is_due",
+    ),
+    Mutant(
+        "slow claims let a process hoard",
+        "jobsys/claims.py",
+        "min(started / pace, AHEAD)",
+        "started / pace",
+        "tests/test_claims.py -k hoard",
+    ),
+    Mutant(
         "a restored database may give a claim its old number",
         "sql/queue.sql",
         "claim = claim + 1 + (random() * 2147483647)::bigint",

@@ -441,6 +441,44 @@ def test_the_pace_is_what_all_threads_did_together(system: JobSystem, claims: Cl
     assert len(claims.take("default", 0.1)) == 100
 
 
+def test_the_next_claim_is_due_while_twice_as_many_are_left_as_start_until_it_brings_others(
+    system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(2_000))
+    claims.work.threads = 4
+    monkeypatch.setattr(claims, "_pace", lambda: 1000.0)
+    claim, ahead, meanwhile = claims._claim, 100, 10
+
+    def claim_while_some_start(*asked: Any) -> Any:
+        jobs, pause = claim(*asked)
+        claims.work.expected.difference_update([job for job in claims.work.expected if job not in jobs][:meanwhile])
+        return jobs, pause
+
+    monkeypatch.setattr(claims, "_claim", claim_while_some_start)
+    in_memory = []
+    for _ in range(15):
+        taken = claims.take("default", 0.1)
+        in_memory.append(len(claims.work.expected))
+        while claims._room() == 0:
+            claims.work.expected.pop()
+        left = len(claims.work.expected)
+    assert left == pytest.approx(2 * meanwhile, abs=2)
+    assert len(taken) == pytest.approx(ahead - meanwhile, abs=2)
+    assert in_memory[0] == ahead and in_memory[-1] == pytest.approx(ahead, abs=2)
+
+
+def test_claims_that_take_long_let_no_process_hoard(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims.work.threads = 4
+    paces = iter([*[1000.0] * 100, 10.0, 10.0, 1000.0])
+    monkeypatch.setattr(claims, "_pace", lambda: next(paces))
+    for _ in range(50):
+        claims._room()
+        claims._note_lead(0)
+    claims._note_lead(0)
+    assert claims._room() == 4, "what was measured of fast jobs is no reason to take many slow ones"
+    assert 150 < claims._room() <= 200, "nor is it the other way round"
+
+
 @pytest.fixture
 def bounded(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """`claims` may take four more TEST_JOBs, whatever it takes. The sizes of its claims."""
