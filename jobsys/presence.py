@@ -106,7 +106,7 @@ class Presence:
         self._heart = Heart(self)
         self._chores = Chores(self)
         self._lookout = Lookout(self)
-        self._writer = Writer(self.settlements)
+        self._writer = Writer(self.settlements, threads)
 
     def start(self) -> None:
         """Register, and start the heart and the chores. When the database is away the heart goes on trying."""

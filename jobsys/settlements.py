@@ -26,8 +26,10 @@ GATHER = 0.004
 LONGEST_GATHER = 0.02
 """The same while jobs wait in memory that need no outcome to start. A write of a few costs about as much CPU as one of some dozens; but
 what is not written when the process is killed will run once more…"""
+WORK_AT_STAKE = 0.1
+"""…so it is longer where there are few threads: until they have done so many seconds of work, all together…"""
 FULL_GROUP = 100
-"""…and so many are worth one."""
+"""…and so many outcomes are worth a write."""
 RETRY = 1.0
 UNSTORABLE = (psycopg2.DataError, psycopg2.IntegrityError, *db.NEVER_WORTH_REPEATING, ValueError, TypeError)
 """What says that one outcome is at fault, and not the database."""
@@ -49,7 +51,7 @@ class Settlements:
         self.some = threading.Event()
         """Set when an outcome waits to be written."""
         self.enough = threading.Event()
-        """Set when it is worth writing again soon, and not only when LONGEST_GATHER is over."""
+        """Set when it is worth writing again soon, and not only when the longest time of gathering is over."""
         self._database = database
         self._written = written
         self._lost = lost
@@ -218,9 +220,10 @@ class Settlements:
 class Writer(threading.Thread):
     """Writes outcomes as they come, until it is stopped."""
 
-    def __init__(self, settlements: Settlements) -> None:
+    def __init__(self, settlements: Settlements, threads: int) -> None:
         super().__init__(name="jobsys writer", daemon=True)
         self._settlements = settlements
+        self._gather = max(LONGEST_GATHER, WORK_AT_STAKE / threads)
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -236,7 +239,7 @@ class Writer(threading.Thread):
                 self._stopped.wait(RETRY)
                 self._settlements.some.set()
             self._stopped.wait(max(0.0, began + GATHER - time.monotonic()))
-            self._settlements.enough.wait(max(0.0, began + LONGEST_GATHER - time.monotonic()))
+            self._settlements.enough.wait(max(0.0, began + self._gather - time.monotonic()))
 
     def stop(self) -> None:
         """Begin no further write, and wait for the one at hand."""
