@@ -125,7 +125,9 @@ class Settings(BaseSettings):
     web_processes: Count = Field(2, description="Web server processes.")
     web_threads: Count = Field(8, description="Threads in each of them.")
     worker_processes: Count = Field(2, description="Worker processes that `jobsys worker` keeps running.")
-    worker_threads: Count = Field(8, description="Jobs each of them runs at a time.")
+    worker_threads: Count = Field(
+        8, description="Jobs each of them runs at a time. One, and a process per core, for jobs that only compute in Python."
+    )
 
     max_body: Size = Field(
         1024 * 1024,
