@@ -13,6 +13,7 @@ import contextlib
 import json
 import random
 import threading
+import time
 from bisect import bisect_left
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ LONGEST_PAUSE = 5.0
 """Seconds from one report of a process to the next, at most."""
 PATIENCE = 4.0
 """Seconds a report may take, where connections are watched at all."""
+LAST_REPORT = 1.0
+"""Seconds for which a process that ends tries to report while others are at it."""
 GOOD_FOR = 3
 """So many reports may fail to come before a process counts as gone."""
 log = logs.get(__name__)
@@ -127,7 +130,7 @@ class Recorder:
         return self.every * random.uniform(0.7, 1.0)
 
     def report(self, database: db.Database | None = None) -> None:
-        """Add what was counted. Raises DatabaseUnavailable; then it is kept for the next report."""
+        """Add what was counted. Raises DatabaseUnavailable, also when others are long at it; then it is kept for the next report."""
         database = database or self._database
         stands = [(pool.name, pool.size, pool.in_use, pool.idle) for pool in self._pools]
         self._take_waits()
@@ -136,7 +139,7 @@ class Recorder:
         taken = self.measurements.take()
         try:
             # Who waits here has jobs to promote and to rescue. All add to the same rows, which are not held until the disk has answered.
-            with database.transaction(lock_timeout="200ms", patience=PATIENCE, durable=False) as connection:
+            with database.transaction(lock_timeout="90ms", patience=PATIENCE, durable=False) as connection:
                 if taken:
                     db.run(connection, "add_measurements", **_columns(taken))
                 db.run(connection, "tell_pools", **told, name=name, size=size, in_use=in_use, idle=idle)
@@ -166,7 +169,15 @@ class Recorder:
     def leave(self, database: db.Database | None = None) -> None:
         """The last report of a process that ends, as far as the database is there."""
         with contextlib.suppress(DatabaseUnavailable, psycopg2.Error):
-            self.report(database)
+            give_up_at = time.monotonic() + LAST_REPORT
+            while True:
+                try:
+                    self.report(database)
+                    break
+                except DatabaseUnavailable as error:
+                    others_at_it = isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)
+                    if not others_at_it or time.monotonic() > give_up_at:
+                        raise
             (database or self._database).run("forget_pools", process=self._process)
 
     def _run(self) -> None:
