@@ -35,9 +35,11 @@ _numbers = itertools.count(1)
 class Bench:
     """Where measurements are made, and how large they are. `BENCH_DATABASE_URL` names a server to use instead of our own."""
 
-    def __init__(self, server: str, size: str) -> None:
+    def __init__(self, server: str, size: str, log: Path | None = None) -> None:
         self.server = server
         self.size = size
+        self.log = log
+        """What PostgreSQL logs, where the server is our own."""
 
     def sized(self, usual: int, *, quick: int | None = None, full: int | None = None) -> int:
         """How many, in a run of this size. A quick one is for trying the suite out: its numbers say little."""
@@ -131,7 +133,7 @@ def bench(size: str = USUAL) -> Iterator[Bench]:
         postgres = Postgres(Path(directory) / "data", durable=True)
         postgres.start()
         try:
-            yield Bench(urlunsplit(urlsplit(postgres.url)._replace(path="/postgres")), size)
+            yield Bench(urlunsplit(urlsplit(postgres.url)._replace(path="/postgres")), size, postgres.log)
         finally:
             postgres.stop()
 

@@ -12,10 +12,17 @@ from tests.benchmarks.result import Result
 UNIT = "share"
 FEW, MANY = 2, 32
 CONNECTIONS = "select count(*) from pg_stat_activity where datname = current_database() and backend_type = 'client backend'"
+LOG_LOCK_WAITS = """
+    do $$ begin
+        execute format('alter database %I set log_lock_waits = on', current_database());
+        execute format('alter database %I set deadlock_timeout = ''100ms''', current_database());
+    end $$
+"""
+LOGGED = b" still waiting for "
 
 
 def measure(bench: Bench) -> Result:
-    """The median of the shares; details have deadlocks and connections."""
+    """The median of the shares; details have deadlocks, waits for a lock of over 100 ms, and connections (of the last run of each)."""
     jobs = bench.sized(100_000, full=300_000)
     seen: dict[str, Any] = {}
     rates = alternate({f"{number} processes": partial(drain, bench, jobs, number, seen) for number in (FEW, MANY)}, bench.few_runs)
@@ -28,6 +35,8 @@ def drain(bench: Bench, jobs: int, processes: int, seen: dict[str, Any]) -> floa
     with bench.system() as system:
         url = str(system.settings.database_url)
         wait_for_completed(system, 0)
+        execute(url, LOG_LOCK_WAITS)
+        logged = bench.log.stat().st_size if bench.log else 0
         own = execute(url, CONNECTIONS)[0][0]
         with bench.workers(system, processes=processes):
             fill(system, jobs)
@@ -35,5 +44,6 @@ def drain(bench: Bench, jobs: int, processes: int, seen: dict[str, Any]) -> floa
             connections = execute(url, CONNECTIONS)[0][0] - own
             wait_for_completed(system, jobs)
             deadlocks = execute(url, "select deadlocks from pg_stat_database where datname = current_database()")[0][0]
-        seen[f"{processes} processes"] = {"deadlocks": deadlocks, "connections_per_process": connections / processes}
+        waits = bench.log.read_bytes()[logged:].count(LOGGED) if bench.log else None
+        seen[f"{processes} processes"] = {"deadlocks": deadlocks, "lock_waits": waits, "connections_per_process": connections / processes}
         return drain_rate(system)
