@@ -261,8 +261,8 @@ def test_a_row_that_cannot_be_read_is_a_dead_letter_and_holds_up_no_other(system
     assert system.wait(later.id, 20).status == "COMPLETED"
     assert system.wait(put_aside, 20).status == "COMPLETED"
     dead = system.wait(unreadable, 20)
-    # Python before 3.11 reads numbers of any length.
-    assert dead.status == ("DEAD" if sys.version_info >= (3, 11) else "COMPLETED")
+    # Python before 3.10.7 reads numbers of any length.
+    assert dead.status == ("DEAD" if hasattr(sys, "get_int_max_str_digits") else "COMPLETED")
 
 
 def test_a_killer_does_not_take_its_neighbours_along(system: JobSystem, start_worker: StartWorker, ledger: Path) -> None:
