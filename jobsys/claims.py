@@ -333,7 +333,7 @@ class Claims:
         if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
             try:
                 jobs, pause = self._claim(queue_name, room, deadline, slept)
-                if jobs:
+                if len(jobs) >= room:  # else it came late because there was nothing, or brought the urgent ones alone
                     self._note_lead(len(self.work.expected) - len(jobs))
             finally:
                 self._large.release()

@@ -55,6 +55,13 @@ MUTANTS = [
         "tests/test_claims.py -k next_claim_is_due",
     ),
     Mutant(
+        "a claim that came late for want of jobs counts as slow",
+        "jobsys/claims.py",
+        "if len(jobs) >= room:",
+        "if jobs:",
+        "tests/test_claims.py -k want_of_jobs",
+    ),
+    Mutant(
         "slow claims let a process hoard",
         "jobsys/claims.py",
         "min(started / pace, AHEAD)",

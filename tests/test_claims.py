@@ -467,6 +467,17 @@ def test_the_next_claim_is_due_while_twice_as_many_are_left_as_start_until_it_br
     assert in_memory[0] == ahead and in_memory[-1] == pytest.approx(ahead, abs=2)
 
 
+def test_a_claim_that_came_late_for_want_of_jobs_took_no_time(system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims.work.threads = 4
+    monkeypatch.setattr(claims, "_pace", lambda: 1000.0)
+    for _ in range(20):
+        system.submit_many(Submission("TEST_JOB") for _ in range(3))
+        assert len(claims.take("default", 0.1)) == 3
+        claims.work.expected.clear()
+    system.submit_many(Submission("TEST_JOB") for _ in range(300))
+    assert len(claims.take("default", 0.1)) == 100
+
+
 def test_claims_that_take_long_let_no_process_hoard(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
     claims.work.threads = 4
     paces = iter([*[1000.0] * 100, 10.0, 10.0, 1000.0])
