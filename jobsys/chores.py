@@ -78,17 +78,14 @@ class Chores(threading.Thread):
         self._database.close()
 
     def promote(self) -> float | None:
-        """Make due jobs PENDING; how long until the next one is due."""
-        if (wait := self._next_due()) is not None and wait <= 0:
-            while len(self._database.run("promote")) == 1000:
-                pass
-            wait = self._next_due()
-        return None if wait is None else max(0.001, wait)
-
-    def _next_due(self) -> float | None:
-        """Seconds until the next scheduled job falls due, below 0 when one is overdue; None when none is scheduled."""
-        found = self._database.run("next_due")
-        return float(found[0][0]) if found else None
+        """Make due jobs PENDING, a thousand at a time; how long until the next one is due."""
+        while next_due := self._database.run("next_due"):
+            [(wait,)] = next_due
+            if wait > 0:
+                return float(wait)
+            if not self._database.run("promote"):
+                break  # somebody has locked what is due
+        return None
 
     def report(self) -> None:
         """Write what running jobs logged."""

@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+import psycopg2
 import pytest
 from conftest import Running, eventually, execute
 from psycopg2 import extensions
@@ -72,6 +73,11 @@ def test_nothing_is_promoted_while_nothing_falls_due(statements: list[str], syst
     wait = chores.promote()
     assert wait is not None and 30 < wait <= 60 and statements == looks
     execute(database_url, "update jobs set run_at = now()")
+    with psycopg2.connect(database_url) as holder, holder.cursor() as cursor:
+        cursor.execute("select from jobs for update")
+        statements.clear()
+        assert chores.promote() is None and len(statements) == 2, "what somebody has locked is not waited for by trying and trying"
+    holder.close()
     assert chores.promote() is None
     assert system.counts()["PENDING"] == 1
 
