@@ -17,7 +17,7 @@ from typing import NamedTuple
 import psycopg2
 
 from jobsys import db, logs
-from jobsys.errors import DatabaseUnavailable
+from jobsys.errors import DatabaseUnavailable, LockTimeout
 from jobsys.job_types import PRIORITIES
 from jobsys.running import RunningJob
 from jobsys.work_queue import WorkQueue
@@ -434,6 +434,10 @@ class Claims:
             n = min([room - len(jobs), *crowds])
             try:
                 rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0], turn, ahead_of)
+            except LockTimeout:
+                if jobs:
+                    return jobs, False
+                continue  # a fresh look may not meet it, and else waits again: a migration, say, is soon over
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 if not jobs:
                     raise

@@ -28,7 +28,7 @@ import psycopg2
 from psycopg2 import errors as pg_errors
 from psycopg2 import extensions, extras
 
-from jobsys.errors import DatabaseUnavailable, NotMigrated, SettingsError
+from jobsys.errors import DatabaseUnavailable, LockTimeout, NotMigrated, SettingsError
 from jobsys.interrupt import undisturbed
 from jobsys.secrecy import mask
 from jobsys.settings import Settings
@@ -334,6 +334,8 @@ def translated() -> Iterator[None]:
 def _translate(error: BaseException) -> None:
     if isinstance(error, NEVER_WORTH_REPEATING):
         return
+    if isinstance(error, pg_errors.LockNotAvailable):
+        raise LockTimeout(_first_line(error)) from error
     if isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError, pg_errors.ReadOnlySqlTransaction)):
         raise DatabaseUnavailable(mask(_first_line(error))) from error
     if isinstance(error, (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction)):

@@ -12,6 +12,7 @@
     ├── TooManyTries            wrong passwords came too often (`seconds` until the next may be tried)
     └── DatabaseUnavailable     PostgreSQL can't be reached, or did not answer in time
         ├── NotMigrated         it answers, and has no tables of jobsys, or older ones
+        ├── LockTimeout         somebody's lock was waited for in vain
         └── TooManySearches     it has enough to do with others
 
 Three more belong to job functions and are not JobsysErrors:
@@ -109,6 +110,10 @@ class NotMigrated(DatabaseUnavailable):
 
     def __init__(self) -> None:
         super().__init__("the database has no tables of jobsys, or older ones: run `jobsys migrate`")
+
+
+class LockTimeout(DatabaseUnavailable):
+    """Somebody else held a lock for longer than the statement waits for one. It has done nothing."""
 
 
 class TooManySearches(DatabaseUnavailable):

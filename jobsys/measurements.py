@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import psycopg2
 
 from jobsys import db, logs
-from jobsys.errors import DatabaseUnavailable
+from jobsys.errors import DatabaseUnavailable, LockTimeout
 from jobsys.ids import new_job_id
 
 LONGEST_PAUSE = 5.0
@@ -174,9 +174,8 @@ class Recorder:
                 try:
                     self.report(database)
                     break
-                except DatabaseUnavailable as error:
-                    others_at_it = isinstance(error.__cause__, psycopg2.errors.LockNotAvailable)
-                    if not others_at_it or time.monotonic() > give_up_at:
+                except LockTimeout:  # others are at it
+                    if time.monotonic() > give_up_at:
                         raise
             (database or self._database).run("forget_pools", process=self._process)
 

@@ -16,7 +16,7 @@ from typing import Any
 import psycopg2
 
 from jobsys import db, logs
-from jobsys.errors import DatabaseUnavailable
+from jobsys.errors import DatabaseUnavailable, LockTimeout
 from jobsys.outcomes import Outcome, unstorable
 from jobsys.submissions import insert
 
@@ -137,9 +137,7 @@ class Settlements:
             self._write_together(group)
         except UNSTORABLE as error:
             self._write_each(group, error)
-        except DatabaseUnavailable as error:
-            if not isinstance(error.__cause__, psycopg2.errors.LockNotAvailable):
-                raise
+        except LockTimeout:
             self._write_what_is_free(group)
 
     def _write_each(self, group: list[Outcome], error: Exception) -> None:

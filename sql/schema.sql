@@ -395,6 +395,9 @@ end $$;
 -- PENDING again, and runs once more. The step of the claim number is random, so that the claim which was forgotten and the next one differ,
 -- and only the next one's outcome counts.
 --
+-- It waits for no lock for long (see claims.py), although it skips what is locked: where a row it found was claimed just now, and that claim
+-- is committed before it looks who has the row, it follows the row to its next version, and waits for whoever is writing the outcome.
+--
 -- It names its columns: a `setof jobs` that waits while a migration adds a column to `jobs` fails, having promised the row as it was. They come as the
 -- worker reads them, so that nothing is left to the statement that calls this, which is read and planned each time.
 create function claim_jobs(
@@ -406,7 +409,7 @@ create function claim_jobs(
 )
 language plpgsql
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set enable_hashjoin = off
-set enable_mergejoin = off set jit = off as $$
+set enable_mergejoin = off set jit = off set lock_timeout = '90ms' as $$
 #variable_conflict use_column
 declare
     found_ids uuid[];

@@ -16,7 +16,7 @@ from test_queue import LOOK, Worker, heard
 
 from jobsys import db
 from jobsys.claims import LONGEST_AHEAD, Claims, StandBy
-from jobsys.errors import DatabaseUnavailable
+from jobsys.errors import DatabaseUnavailable, LockTimeout
 from jobsys.running import RunningJob
 from jobsys.system import JobSystem, Submission
 from jobsys.work_queue import WorkQueue
@@ -229,6 +229,27 @@ def test_a_claim_that_waits_for_its_turn_holds_up_no_other_queue(
     taking.join()
     assert [job.message_id for job in waiting] == ids[THREADS:]
     assert claims._look_from_start_at["default"] <= time.monotonic() + LONGEST_AHEAD
+
+
+def test_a_claim_waits_for_a_lock_only_for_a_moment_and_looks_again(
+    system: JobSystem, claims: Claims, worker: Worker, database_url: str, asked: list[str | None]
+) -> None:
+    job = system.submit("TEST_JOB")
+    end = "-c idle_in_transaction_session_timeout=10s"
+    with contextlib.closing(psycopg2.connect(database_url, options=end)) as somebody, ThreadPoolExecutor(1) as threads:
+        somebody.cursor().execute("lock table jobs")
+        with pytest.raises(LockTimeout):
+            db.Database.run(system.database, "claim", worker=worker.id, types=["TEST_JOB"], **LOOK, n=1)
+        taken = threads.submit(claims.take, "default", 10)
+        eventually(lambda: asked.count("wait") > 2)
+        somebody.rollback()
+        assert [job.message_id for job in taken.result()] == [job.id]
+        somebody.cursor().execute("lock table jobs")
+        asked.clear()
+        taken = threads.submit(claims.take, "default", 10)
+        eventually(lambda: asked.count("wait") > 2)
+        claims.close()
+        assert taken.result() == []
 
 
 def test_nothing_urgent_is_claimed_from_a_paused_queue_nor_by_a_process_that_leaves(system: JobSystem, claims: Claims) -> None:

@@ -14,7 +14,7 @@ from conftest import at_database, eventually, execute
 from test_queue import BEGINNING, LOOK, Worker
 
 from jobsys import db
-from jobsys.errors import DatabaseUnavailable, IdempotencyConflict, JobNotFound, WrongState
+from jobsys.errors import IdempotencyConflict, JobNotFound, LockTimeout, WrongState
 from jobsys.outcomes import Outcome, finish
 from jobsys.running import RunningJob
 from jobsys.settlements import Settlements
@@ -106,9 +106,8 @@ def finishes(it: Rivals, run: Callable[..., Any]) -> Any:
     while True:
         try:
             return run("finish", **it.outcome(result=None))
-        except DatabaseUnavailable as error:  # who writes outcomes gives up waiting after a tenth of a second, and comes again
-            if not isinstance(error.__cause__, psycopg2.errors.LockNotAvailable):
-                raise
+        except LockTimeout:
+            continue  # who writes outcomes gives up waiting after a tenth of a second, and comes again
 
 
 def fails(it: Rivals, run: Callable[..., Any]) -> Any:
