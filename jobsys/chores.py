@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jobsys.presence import Presence
 
 FIRST_ID = "00000000-0000-0000-0000-000000000000"
+SHORTEST_LOOK = 0.001
+"""Seconds from one look at the scheduled jobs to the next, at least, but where a thousand were due."""
 PRUNE_PAUSE = 10.0
 """After a page was pruned, so many times as long as that took belongs to the jobs."""
 log = logs.get(__name__)
@@ -78,14 +80,18 @@ class Chores(threading.Thread):
         self._database.close()
 
     def promote(self) -> float | None:
-        """Make due jobs PENDING, a thousand at a time; how long until the next one is due."""
-        while next_due := self._database.run("next_due"):
-            [(wait,)] = next_due
-            if wait > 0:
-                return float(wait)
-            if not self._database.run("promote"):
-                break  # somebody has locked what is due
-        return None
+        """Make due jobs PENDING, a thousand at most; when to look again: at once after a thousand, else when the next one is due, but not
+        sooner than in a millisecond."""
+        next_due = self._database.run("next_due")
+        if not next_due:
+            return None
+        [(wait,)] = next_due
+        if wait > 0:
+            return max(SHORTEST_LOOK, wait)
+        promoted = len(self._database.run("promote"))
+        if promoted == 0:
+            return None  # somebody has locked what is due
+        return 0.0 if promoted == 1000 else SHORTEST_LOOK
 
     def report(self) -> None:
         """Write what running jobs logged."""

@@ -1,7 +1,7 @@
 """Taking jobs from the queue: how many, whose turn it is, where to look, and what to do when there is nothing.
 
-A process takes what it will start within about 100 ms at the pace it has just measured: no-op jobs come by the hundred, slow ones only
-into free threads. A more urgent job that comes meanwhile overtakes them: see lookout.py.
+A process takes what it will start within about 100 ms at the pace it has just measured (and within the time until the jobs are there):
+no-op jobs come by the hundred, slow ones only into free threads. A more urgent job that comes meanwhile overtakes them: see lookout.py.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ class Claims:
         self._lead = 0.0
         """Seconds from when a large claim is due until it brings its jobs, of late. (Threads that compute in Python keep it waiting for the
         interpreter.)"""
+        self._left_some: set[str] = set()
+        """The queues of which the last claim was a large one and brought all it asked for."""
         self._pace_samples: deque[tuple[float, int, float]] = deque([(time.monotonic(), 0, 0.0)])
 
     @property
@@ -270,8 +272,9 @@ class Claims:
         return 0 if self.work.expected else self.work.idle_threads
 
     def _room(self) -> int:
-        """None until there are no more jobs left than start in twice the time in which a claim brings others; then for as many as make up
-        AHEAD when it has brought them. The fewer the claims, the less they cost."""
+        """None until there are no more jobs left than start in an eighth of AHEAD, or in twice the time in which a claim brings others when
+        that is longer; then for as many as make up AHEAD when it has brought them, or for the largest claim. The fewer the claims, the
+        less they cost."""
         pace = self._pace()
         ahead, meanwhile = int(pace * AHEAD), int(pace * self._lead)
         self.work.low_water = min(max(ahead // 8, 2 * meanwhile), ahead)
@@ -281,11 +284,8 @@ class Claims:
         free = self.work.idle_threads if unstarted == 0 else 0
         return min(max(free, ahead + meanwhile - unstarted if unstarted <= self.work.low_water else 0), LARGEST_CLAIM)
 
-    def _note_lead(self, left: int) -> None:
-        """A claim has brought jobs when so many others were left."""
-        if (pace := self._pace()) > 0:
-            started = max(0, self.work.low_water - left)
-            self._lead += (min(started / pace, AHEAD) - self._lead) / 4
+    def _note_lead(self, seconds: float) -> None:
+        self._lead += (min(seconds, AHEAD) - self._lead) / 4
 
     def _pace(self) -> float:
         """How many jobs per second the threads can do: how many they did in the time in which at least one ran, because a process that
@@ -333,15 +333,30 @@ class Claims:
         if large:  # it may have to wait for those of other processes, and the other queues of this one don't wait with it
             try:
                 jobs, pause = self._claim(queue_name, room, deadline, slept)
-                if len(jobs) >= room:  # else it came late because there was nothing, or brought the urgent ones alone
-                    self._note_lead(len(self.work.expected) - len(jobs))
             finally:
                 self._large.release()
-        if jobs:
-            self._note_work(queue_name, jobs, room)
-        elif heard and self._full():
-            self._pass_on(queue_name)
+        try:
+            self._note_due(queue_name, large and len(jobs) >= room)
+            if jobs:
+                self._note_work(queue_name, jobs, room)
+            elif heard and self._full():
+                self._pass_on(queue_name)
+        except Exception:
+            if not jobs:
+                raise
+            log.exception("what a claim says of those to come could not be noted; its jobs are done all the same", jobs=len(jobs))
         return jobs, pause
+
+    def _note_due(self, queue_name: str, all_came: bool) -> None:
+        """A claim has ended; all jobs came if it was a large one and brought as many as it asked for. How late such a one came is known if
+        the one before was of the same kind; else the process may have had few jobs for long because there were none."""
+        due_at, self.work.low_since = self.work.low_since, None
+        if not all_came:
+            self._left_some.discard(queue_name)
+        elif queue_name not in self._left_some:
+            self._left_some.add(queue_name)
+        elif due_at is not None:
+            self._note_lead(time.monotonic() - due_at)
 
     def _claim(self, queue_name: str, room: int, deadline: float, slept: bool) -> tuple[list[RunningJob], float | None]:
         """Claim, knowing which queues have limits and which priorities wait. Who slept starts a job at once by what it knew before, and
@@ -427,6 +442,7 @@ class Claims:
         some room left: then first that many jobs of any type, in their order, and the rest without the types that are full by then."""
         queues = {queue_name for queue_name, _ in looks}
         jobs: list[RunningJob] = []
+        give_up_at = time.monotonic() + HANGING
         while not self.closed:
             rooms = self._rooms()
             self._bounded = rooms.keys()
@@ -435,9 +451,11 @@ class Claims:
             try:
                 rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0], turn, ahead_of)
             except LockTimeout:
-                if jobs:
-                    return jobs, False
-                continue  # a fresh look may not meet it, and else waits again: a migration, say, is soon over
+                # A fresh look may not meet it, and else waits again: a migration, say, is soon over.
+                if not jobs and time.monotonic() < give_up_at:
+                    continue
+                log.warning("others have long had a lock on jobs, and claims wait for it", queues=sorted(queues), jobs=len(jobs))
+                return jobs, False
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 if not jobs:
                     raise

@@ -38,6 +38,8 @@ class WorkQueue(queue.Queue):
         self.closed = False
         self.low_water = 0
         """So many unstarted jobs, or fewer, make room for a claim."""
+        self.low_since: float | None = None
+        """When they became so few, by time.monotonic; who claims sets it back."""
         self._suspects: list[RunningJob] = []
         self._suspect_runs = False
 
@@ -143,8 +145,11 @@ class WorkQueue(queue.Queue):
         return unstarted
 
     def _signal_room(self) -> None:
-        if len(self.expected) <= self.low_water and not self.room.is_set():
-            self.room.set()
+        if len(self.expected) <= self.low_water:
+            if self.low_since is None:
+                self.low_since = time.monotonic()
+            if not self.room.is_set():
+                self.room.set()
 
     def _forget(self, jobs: int) -> None:
         self.unfinished_tasks -= jobs

@@ -462,53 +462,94 @@ def test_the_pace_is_what_all_threads_did_together(system: JobSystem, claims: Cl
     assert len(claims.take("default", 0.1)) == 100
 
 
-def test_the_next_claim_is_due_while_twice_as_many_are_left_as_start_until_it_brings_others(
-    system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    system.submit_many(Submission("TEST_JOB") for _ in range(2_000))
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+        self.sleep = time.sleep
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of `claims`, whose process has four threads and does a thousand jobs a second."""
+    clock = Clock()
+    monkeypatch.setattr("jobsys.claims.time", clock)
+    monkeypatch.setattr("jobsys.work_queue.time", clock)
     claims.work.threads = 4
     monkeypatch.setattr(claims, "_pace", lambda: 1000.0)
+    return clock
+
+
+def start_one(claims: Claims) -> None:
+    claims.work.expected.pop()
+    claims.work._signal_room()
+
+
+def test_the_next_claim_is_due_while_twice_as_many_are_left_as_start_until_it_brings_others(
+    system: JobSystem, claims: Claims, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.submit_many(Submission("TEST_JOB") for _ in range(2_000))
     claim, ahead, meanwhile = claims._claim, 100, 10
 
     def claim_while_some_start(*asked: Any) -> Any:
+        clock.now += meanwhile / 1000
         jobs, pause = claim(*asked)
         claims.work.expected.difference_update([job for job in claims.work.expected if job not in jobs][:meanwhile])
         return jobs, pause
 
     monkeypatch.setattr(claims, "_claim", claim_while_some_start)
     in_memory = []
-    for _ in range(15):
+    for _ in range(20):
         taken = claims.take("default", 0.1)
         in_memory.append(len(claims.work.expected))
         while claims._room() == 0:
-            claims.work.expected.pop()
+            start_one(claims)
         left = len(claims.work.expected)
     assert left == pytest.approx(2 * meanwhile, abs=2)
     assert len(taken) == pytest.approx(ahead - meanwhile, abs=2)
     assert in_memory[0] == ahead and in_memory[-1] == pytest.approx(ahead, abs=2)
 
 
-def test_a_claim_that_came_late_for_want_of_jobs_took_no_time(system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("burst", [3, 100, 150])
+def test_a_claim_that_came_late_for_want_of_jobs_took_no_time(
+    system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch, burst: int
+) -> None:
     claims.work.threads = 4
     monkeypatch.setattr(claims, "_pace", lambda: 1000.0)
-    for _ in range(20):
-        system.submit_many(Submission("TEST_JOB") for _ in range(3))
-        assert len(claims.take("default", 0.1)) == 3
-        claims.work.expected.clear()
+    for _ in range(5):
+        system.submit_many(Submission("TEST_JOB") for _ in range(burst))
+        for came in range(0, burst + 1, 100):
+            assert len(claims.take("default", 0.01)) == min(100, burst - came)
+            while claims.work.expected:
+                start_one(claims)
+        time.sleep(0.1)
     system.submit_many(Submission("TEST_JOB") for _ in range(300))
-    assert len(claims.take("default", 0.1)) == 100
+    assert len(claims.take("default", 0.01)) == 100
 
 
 def test_claims_that_take_long_let_no_process_hoard(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
     claims.work.threads = 4
-    paces = iter([*[1000.0] * 100, 10.0, 10.0, 1000.0])
-    monkeypatch.setattr(claims, "_pace", lambda: next(paces))
     for _ in range(50):
-        claims._room()
-        claims._note_lead(0)
-    claims._note_lead(0)
+        claims._note_lead(60.0)
+    monkeypatch.setattr(claims, "_pace", lambda: 10.0)
     assert claims._room() == 4, "what was measured of fast jobs is no reason to take many slow ones"
+    monkeypatch.setattr(claims, "_pace", lambda: 1000.0)
     assert 150 < claims._room() <= 200, "nor is it the other way round"
+
+
+def test_jobs_that_a_claim_brought_are_done_whatever_goes_wrong_after_it(
+    system: JobSystem, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(claims, "_note_work", fail)
+    job = system.submit("TEST_JOB")
+    assert [taken.message_id for taken in claims.take("default", 1)] == [job.id]
 
 
 @pytest.fixture

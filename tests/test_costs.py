@@ -13,7 +13,7 @@ from conftest import Running, eventually, execute
 from psycopg2 import extensions
 
 from jobsys import db
-from jobsys.chores import Chores
+from jobsys.chores import SHORTEST_LOOK, Chores
 from jobsys.system import JobSystem, Submission
 
 COMMITS = "select xact_commit from pg_stat_database where datname = current_database()"
@@ -78,8 +78,19 @@ def test_nothing_is_promoted_while_nothing_falls_due(statements: list[str], syst
         statements.clear()
         assert chores.promote() is None and len(statements) == 2, "what somebody has locked is not waited for by trying and trying"
     holder.close()
-    assert chores.promote() is None
+    assert chores.promote() == SHORTEST_LOOK
     assert system.counts()["PENDING"] == 1
+
+
+def test_a_crowd_that_falls_due_keeps_no_other_chore_waiting(statements: list[str], system: JobSystem, database_url: str) -> None:
+    chores = Chores(system.broker.attend(threads=1))
+    system.submit_many(Submission("TEST_JOB", delay=60) for _ in range(2_500))
+    execute(database_url, "update jobs set run_at = now()")
+    promoted = []
+    for _ in range(4):
+        statements.clear()
+        promoted.append((chores.promote(), len(statements), system.counts()["PENDING"]))
+    assert promoted == [(0.0, 2, 1000), (0.0, 2, 2000), (SHORTEST_LOOK, 2, 2500), (None, 1, 2500)]
 
 
 def test_a_backlog_is_drained_by_few_commits(system: JobSystem, start_worker: Callable[..., Running], database_url: str) -> None:
