@@ -46,7 +46,11 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "job_wait_seconds": Metric("From the moment an attempt was due to its start, by the database's clock.", ("type", "queue"), OF_JOBS),
+    "job_wait_seconds": Metric(
+        "From due to start, of each attempt (of one that a crash or a shutdown gave back, from when it first was due).",
+        ("type", "queue"),
+        OF_JOBS,
+    ),
     "job_run_seconds": Metric(
         "How long attempts ran; the outcome is completed, failed (whatever follows) or interrupted.", ("type", "queue", "outcome"), OF_JOBS
     ),

@@ -23,7 +23,7 @@ from jobsys.submissions import insert
 LARGEST_GROUP = 500
 GATHER = 0.004
 """Seconds from one write to the next, at least: who comes a moment after another shares a commit with whoever else does."""
-LONGEST_GATHER = 0.02
+BUSY_GATHER = 0.02
 """The same while jobs wait in memory that need no outcome to start. A write of a few costs about as much CPU as one of some dozens; but
 what is not written when the process is killed will run once more…"""
 WORK_AT_STAKE = 0.1
@@ -221,7 +221,7 @@ class Writer(threading.Thread):
     def __init__(self, settlements: Settlements, threads: int) -> None:
         super().__init__(name="jobsys writer", daemon=True)
         self._settlements = settlements
-        self._gather = max(LONGEST_GATHER, WORK_AT_STAKE / threads)
+        self._gather = max(BUSY_GATHER, WORK_AT_STAKE / threads)
         self._stopped = threading.Event()
 
     def run(self) -> None:

@@ -271,7 +271,7 @@ def test_the_last_write_waits_for_one_that_is_on_its_way(
 def test_outcomes_gather_while_more_jobs_wait_in_memory_and_nobody_waits_for_one(
     system: JobSystem, waited_for: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobsys.settlements.LONGEST_GATHER", 600.0)
+    monkeypatch.setattr("jobsys.settlements.BUSY_GATHER", 600.0)
     monkeypatch.setattr("jobsys.settlements.FULL_GROUP", 10)
     monkeypatch.setattr("jobsys.presence.LATEST_START", 600.0)
     presence = system.broker.attend(threads=20)
