@@ -451,10 +451,10 @@ class Claims:
             try:
                 rows = self._claim_at(looks, n, [name for name in self._types() if rooms.get(name, 1) > 0], turn, ahead_of)
             except LockTimeout:
-                # A fresh look may not meet it, and else waits again: a migration, say, is soon over.
                 if not jobs and time.monotonic() < give_up_at:
-                    continue
-                log.warning("others have long had a lock on jobs, and claims wait for it", queues=sorted(queues), jobs=len(jobs))
+                    continue  # a fresh look may not meet it, and else waits again: a migration, say, is soon over
+                if not jobs:
+                    log.warning("somebody has long had a lock on jobs, and claims wait for it", queues=sorted(queues))
                 return jobs, False
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 if not jobs:

@@ -395,8 +395,9 @@ end $$;
 -- PENDING again, and runs once more. The step of the claim number is random, so that the claim which was forgotten and the next one differ,
 -- and only the next one's outcome counts.
 --
--- It waits for no lock longer than that (claims.py then looks afresh), although it skips what is locked: where a row it found was claimed just now, and that claim
--- is committed before it looks who has the row, it follows the row to its next version, and waits for whoever is writing the outcome.
+-- It waits for no lock longer than its lock_timeout (claims.py then looks afresh). For it may have to, although it skips what is locked: where a
+-- row it found was claimed just now, and that claim is committed before it looks who has the row, it follows the row to its next version, and
+-- waits for whoever is writing the outcome.
 --
 -- It names its columns: a `setof jobs` that waits while a migration adds a column to `jobs` fails, having promised the row as it was. They come as the
 -- worker reads them, so that nothing is left to the statement that calls this, which is read and planned each time.
