@@ -38,12 +38,12 @@ class Marks:
         return self.times
 
     def wait(self, number: int, timeout: float = 60.0) -> float:
-        """When the job of this number began, as soon as it has."""
+        """When the job of this number began, soon after it has. (The job itself says when; who looks all the time takes CPU from it.)"""
         deadline = time.monotonic() + timeout
         while number not in self.refresh():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {number} did not begin within {timeout:g} s")
-            time.sleep(0.001)
+            time.sleep(0.01)
         return self.times[number]
 
     def waits(self, submit: Callable[[int], object], numbers: range, pauses: tuple[float, float]) -> list[float]:
