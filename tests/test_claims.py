@@ -533,6 +533,14 @@ def test_a_claim_that_came_late_for_want_of_jobs_took_no_time(
     assert len(claims.take("default", 0.01)) == 100
 
 
+def test_the_largest_claim_is_larger_where_many_processes_take_turns(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_pace", lambda: 100_000.0)
+    largest = []
+    for claims.workers in (1, 15, 16, 64):
+        largest.append(claims._room())
+    assert largest == [250, 250, 500, 500]
+
+
 def test_claims_that_take_long_let_no_process_hoard(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
     claims.work.threads = 4
     for _ in range(50):
