@@ -29,6 +29,8 @@ LATEST_START = 1.0
 LARGEST_CLAIM = (250, 500)
 """Jobs; the second where there are MANY processes. Larger claims drain no-op jobs 3 % faster with two processes, and 10 % with 32; but an
 urgent job waits 1 to 2 ms longer for a core, which such a claim keeps busy."""
+MOST_UNWRITTEN = 1000
+"""Outcomes that wait to be written. When there are more, nothing is claimed."""
 LONGEST_AHEAD = 2.0
 """Seconds within which a queue is looked at from its start again: somebody may have committed late, or given jobs back."""
 STAND_BY = (0.02, 0.25)
@@ -281,7 +283,7 @@ class Claims:
         ahead, meanwhile = int(pace * AHEAD), int(pace * self._lead)
         self.work.low_water = min(max(ahead // 8, 2 * meanwhile), ahead)
         unstarted = len(self.work.expected)
-        if self._backlog() > 2 * self._largest or self.work.holds_suspects:
+        if self._backlog() > MOST_UNWRITTEN or self.work.holds_suspects:
             return 0
         free = self.work.idle_threads if unstarted == 0 else 0
         return min(max(free, ahead + meanwhile - unstarted if unstarted <= self.work.low_water else 0), self._largest)

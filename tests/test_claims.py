@@ -541,6 +541,13 @@ def test_the_largest_claim_is_larger_where_many_processes_take_turns(claims: Cla
     assert largest == [250, 250, 500, 500]
 
 
+def test_nothing_is_claimed_while_too_many_outcomes_wait_to_be_written(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_backlog", lambda: 1000)
+    assert claims._room() == THREADS
+    monkeypatch.setattr(claims, "_backlog", lambda: 1001)
+    assert claims._room() == 0
+
+
 def test_claims_that_take_long_let_no_process_hoard(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
     claims.work.threads = 4
     for _ in range(50):
