@@ -335,7 +335,7 @@ def _translate(error: BaseException) -> None:
     if isinstance(error, NEVER_WORTH_REPEATING):
         return
     if isinstance(error, pg_errors.LockNotAvailable):
-        raise LockTimeout(_first_line(error)) from error
+        raise LockTimeout(mask(_first_line(error))) from error
     if isinstance(error, (psycopg2.OperationalError, psycopg2.InterfaceError, pg_errors.ReadOnlySqlTransaction)):
         raise DatabaseUnavailable(mask(_first_line(error))) from error
     if isinstance(error, (pg_errors.UndefinedTable, pg_errors.UndefinedColumn, pg_errors.UndefinedFunction)):
