@@ -52,6 +52,7 @@ class Heart(threading.Thread):
         self._look_for_stops_at = 0.0
         self._pass_on_at = 0.0
         self._in_peace = False
+        self._said_one_at_a_time = False
 
     def run(self) -> None:
         while not self._stopped.is_set():
@@ -62,6 +63,7 @@ class Heart(threading.Thread):
                 self._hear()
                 self._ask_for_stops()
                 self._enforce_stops()
+                self._mind_the_interpreter()
             except (DatabaseUnavailable, psycopg2.Error) as error:
                 self._reconnect(error)
                 self._enforce_stops()
@@ -165,6 +167,13 @@ class Heart(threading.Thread):
                 self._presence.write_off(job, _ending(job))
             elif now > asked_at + COOPERATION:
                 job.attempt_call.throw()
+
+    def _mind_the_interpreter(self) -> None:
+        work = self._presence.work
+        work.lose_patience()
+        if work.one_at_a_time and not self._said_one_at_a_time:
+            self._said_one_at_a_time = True
+            log.info("jobs keep Python busy and run one at a time here; more processes would do more, more threads would not")
 
     def _reconnect(self, error: Exception) -> None:
         if self._stopped.is_set():

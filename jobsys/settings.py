@@ -126,7 +126,7 @@ class Settings(BaseSettings):
     web_threads: Count = Field(8, description="Threads in each of them.")
     worker_processes: Count = Field(2, description="Worker processes that `jobsys worker` keeps running.")
     worker_threads: Count = Field(
-        8, description="Jobs each of them runs at a time. One, and a process per core, for jobs that only compute in Python."
+        8, description="Jobs each of them runs at a time; one while they only compute in Python, which wants a process per core instead."
     )
 
     max_body: Size = Field(

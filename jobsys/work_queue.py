@@ -9,6 +9,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+from jobsys.concurrency import PATIENCE, Concurrency
 from jobsys.running import RunningJob
 
 _order = attrgetter("order")
@@ -40,6 +41,7 @@ class WorkQueue(queue.Queue):
         """So many unstarted jobs, or fewer, make room for a claim."""
         self.low_since: float | None = None
         """When they became so few, by time.monotonic; who claims sets it back."""
+        self._concurrency = Concurrency(threads)
         self._suspects: list[RunningJob] = []
         self._suspect_runs = False
 
@@ -55,10 +57,14 @@ class WorkQueue(queue.Queue):
         with self.mutex:
             self._add(jobs)
             self.unfinished_tasks += len(jobs)
-            self.not_empty.notify(len(jobs))
+            if not self.one_at_a_time:
+                self.not_empty.notify(len(jobs))
+            elif self._startable:
+                self.not_empty.notify()
 
-    def _put(self, item: tuple[int, RunningJob]) -> None:
-        self._add([item[1]])
+    def put(self, item: tuple[int, RunningJob], block: bool = True, timeout: float | None = None) -> None:
+        """Put a job, as Dramatiq does."""
+        self.put_all([item[1]])
 
     def _add(self, jobs: list[RunningJob]) -> None:
         self._suspects += [job for job in jobs if job.suspect]
@@ -67,7 +73,7 @@ class WorkQueue(queue.Queue):
         self.queue.sort(key=_order, reverse=True)
 
     def _get(self) -> tuple[int, RunningJob]:
-        if self.unfinished_tasks == self._qsize():
+        if not self.running:
             self._active_since = time.monotonic()
         if self.queue:
             job = self.queue.pop()
@@ -82,7 +88,9 @@ class WorkQueue(queue.Queue):
     def _startable(self) -> bool:
         if self._suspect_runs or self.closed:
             return False
-        return bool(self.queue) or (bool(self._suspects) and self.unfinished_tasks == len(self._suspects))
+        if self.queue:
+            return not (self.one_at_a_time and self.running)
+        return bool(self._suspects) and self.unfinished_tasks == len(self._suspects)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         with self.mutex:
@@ -102,10 +110,35 @@ class WorkQueue(queue.Queue):
             self.active_seconds += now - self._active_since
             self._active_since = now
             self._forget(1)
+            if not self.unfinished_tasks:
+                self._concurrency.one_at_a_time = False  # what comes next may be of another kind
+            if now >= self._concurrency.judge_at:
+                held_back = self.one_at_a_time
+                self._concurrency.judge(now, waiting=bool(self.queue))
+                if held_back and not self.one_at_a_time:
+                    self.not_empty.notify_all()
             if self._suspect_runs or self._suspects:
                 self._suspect_runs = False
                 self.not_empty.notify_all()
         self._signal_room()
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether no job starts before the one that runs has ended: see concurrency.py."""
+        return self._concurrency.one_at_a_time
+
+    def lose_patience(self) -> None:
+        """To be called now and then: no others wait any longer for a job that takes its time."""
+        now = time.monotonic()
+        with self.mutex:
+            if self.one_at_a_time and self.running and now > self._active_since + PATIENCE:
+                self._concurrency.give_up(now)
+                self.not_empty.notify_all()
+
+    @property
+    def running(self) -> int:
+        """How many jobs were taken from here and have not ended."""
+        return self.unfinished_tasks - self._qsize()
 
     @property
     def could_start(self) -> bool:

@@ -48,6 +48,27 @@ MUTANTS = [
         "tests/test_work_queue.py -k active",
     ),
     Mutant(
+        "jobs that should run one at a time run side by side",
+        "jobsys/work_queue.py",
+        "return not (self.one_at_a_time and self.running)",
+        "return True",
+        "tests/test_work_queue.py -k one_at_a_time",
+    ),
+    Mutant(
+        "jobs that wait for something run one at a time",
+        "jobsys/concurrency.py",
+        "if waiting and self._busy < BUSY:",
+        "if False:",
+        "tests/test_concurrency.py -k more_rarely",
+    ),
+    Mutant(
+        "others wait for ever behind a job that should have been short",
+        "jobsys/work_queue.py",
+        "now > self._active_since + PATIENCE",
+        "False",
+        "tests/test_work_queue.py -k beside_each_other",
+    ),
+    Mutant(
         "a claim is due as late as if it took no time",
         "jobsys/claims.py",
         "min(max(ahead // 8, 2 * meanwhile), ahead)",

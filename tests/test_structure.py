@@ -10,7 +10,7 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "ids", "interrupt", "outgoing", "trail"},
+    {"concurrency", "errors", "ids", "interrupt", "outgoing", "trail"},
     {"settings"},
     {"logs", "local", "db", "measurements", "search", "secrecy"},
     {"migrations", "tokens", "passwords"},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import queue
+import random
+import threading
+from collections import Counter
 
 import pytest
 
@@ -87,6 +90,79 @@ def test_a_process_is_active_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -
         now = moment
         act()
     assert (work.finished, work.active_seconds, work.finished_at) == (3, 5.0, 111.0), "in between none did"
+
+
+def test_one_at_a_time_a_job_starts_when_the_one_before_has_ended() -> None:
+    first, second, third = claimed(), claimed(), claimed()
+    work = holding(first, second, third)
+    work._concurrency.one_at_a_time = True
+    assert taken(work) is first and taken(work) is None
+    work.task_done()
+    assert taken(work) is second and taken(work) is None
+    work.task_done()
+    assert taken(work) is third
+    work.task_done()
+    work.put_all([claimed(), claimed()])
+    assert taken(work) and taken(work), "what comes after a rest is tried afresh"
+
+
+@pytest.mark.parametrize("how", ["it is judged so", "patience is lost"])
+def test_threads_that_waited_go_on_as_soon_as_jobs_may_run_beside_each_other(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = holding(*[claimed() for _ in range(4)])
+    work._concurrency.judge_at = float("inf")
+    work._concurrency.one_at_a_time = True
+    assert taken(work)
+    got: list[RunningJob] = []
+    threads = [threading.Thread(target=lambda: got.append(work.get(timeout=60)[1])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    if how == "it is judged so":
+        monkeypatch.setattr(work._concurrency, "judge", lambda now, waiting: work._concurrency.give_up(now))
+        work._concurrency.judge_at = 0.0
+        work.task_done()
+    else:
+        work.lose_patience()
+        assert not got, "it has only just begun"
+        work._active_since -= 1.0
+        work.lose_patience()
+    for thread in threads:
+        thread.join(60)
+    assert len(got) == 2
+
+
+def test_whatever_is_decided_meanwhile_each_job_is_taken_once_and_none_is_left() -> None:
+    jobs = [claimed(random.randint(-3, 3)) for _ in range(2_000)]
+    work = WorkQueue(8)
+    work._concurrency.judge_at = float("inf")
+    got: Counter[str] = Counter()
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.is_set():
+            try:
+                _, job = work.get(timeout=600)
+            except queue.Empty:
+                continue
+            got[job.message_id] += 1
+            with work.mutex:
+                one_at_a_time, work._concurrency.one_at_a_time = work._concurrency.one_at_a_time, random.random() < 0.5
+                work.not_empty.notify_all() if one_at_a_time and not work._concurrency.one_at_a_time else None
+            work.task_done()
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while jobs:
+        several = [jobs.pop() for _ in range(min(random.randint(1, 30), len(jobs)))]
+        work.expected.update(several)
+        work.put((0, several[0]))
+        work.put_all(several[1:])
+    work.join()
+    done.set()
+    work.close()
+    for thread in threads:
+        thread.join(60)
+    assert len(got) == 2_000 and set(got.values()) == {1}
 
 
 def test_a_closed_queue_hands_nothing_out() -> None:
