@@ -93,7 +93,7 @@ class Presence:
             make=self._hold,
             backlog=lambda: len(self.settlements),
             poll_interval=settings.poll_interval,
-            took=lambda seconds: self.measurements.observe("claim_seconds", (), seconds),
+            took=self._note_claim,
         )
         self.attempts = AttemptLog(settings.log_attempts)
         self._reporting = threading.Lock()
@@ -106,7 +106,7 @@ class Presence:
         self._heart = Heart(self)
         self._chores = Chores(self)
         self._lookout = Lookout(self)
-        self._writer = Writer(self.settlements, threads)
+        self._writer = Writer(self.settlements, self.work)
 
     def start(self) -> None:
         """Register, and start the heart and the chores. When the database is away the heart goes on trying."""
@@ -269,6 +269,10 @@ class Presence:
         except DatabaseUnavailable as error:
             log.warning("left without the database; others will rescue what this worker had", error=str(error))
         self._database.close()
+
+    def _note_claim(self, seconds: float) -> None:
+        self.measurements.observe("claim_seconds", (), seconds)
+        self.settlements.follow_claim()
 
     def _is_waited_for(self, outcome: Outcome) -> bool:
         """Whether other jobs, an operator or this one's next attempt can go on only when this outcome is written."""
