@@ -121,8 +121,7 @@ class Heart(threading.Thread):
         """A process that claims nothing any more is not to be told of jobs in others' place."""
         if self._presence.claims.closed and not self._in_peace:
             with db.translated():
-                db.run(self._connection, "leave_in_peace", id=self._presence.id)
-            self._in_peace = True
+                self._in_peace = bool(db.run(self._connection, "leave_in_peace", id=self._presence.id))
 
     def _hear(self) -> None:
         """Wait for a notification: until the next beat, or only for a tick while jobs run whose time may end."""

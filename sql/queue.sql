@@ -328,8 +328,10 @@ update workers set busy_above = %(above)s where id = %(id)s;
 update workers set asleep = array_remove(asleep, %(queue)s) where id = %(id)s and %(queue)s = any(asleep);
 
 -- name: leave_in_peace
--- A worker that is about to end wants to hear of no more jobs.
-update workers set asleep = '{}', busy_above = null where id = %(id)s;
+-- A worker that is about to end wants to hear of no more jobs. No row: its claims are just saying something of it, so to be tried again.
+update workers set asleep = '{}', busy_above = null
+where id = any(array(select id from workers where id = %(id)s for update skip locked))
+returning id::text;
 
 -- name: pass_on
 -- This worker was told of a job, and can't take it.
