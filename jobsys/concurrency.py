@@ -13,8 +13,8 @@ import time
 WINDOW = 0.05
 """Seconds over which it is measured how busy the process is, at least."""
 BUSY = 0.8
-"""So many processors a process uses whose threads keep the interpreter busy (the rest is the database's); and so many it has to use, on
-average of the last dozen windows, while it runs one job at a time."""
+"""So many processors a process uses, on average of the last windows, whose threads keep the interpreter busy (the rest is the database's);
+and so many it has to use while it runs one job at a time. A burst of some dozen short jobs is no reason to try."""
 PARALLEL = 1.2
 """When it uses more, its jobs compute in something else than Python, which runs in several threads at once."""
 TRUST = 10.0
@@ -44,19 +44,18 @@ class Concurrency:
         self._measured = now, time.process_time()
         self.judge_at = now + WINDOW
         processors = (self._measured[1] - processor_seconds) / max(now - before, WINDOW)
+        self._busy += (processors - self._busy) / (8 if self.one_at_a_time else 4)
         if processors > PARALLEL:
             self.give_up(now)
         elif not self.one_at_a_time:
-            self.one_at_a_time = waiting and processors >= BUSY and now >= self._try_at
-            self._busy, self._trust_until = 1.0, now + TRUST
+            if waiting and self._busy >= BUSY and now >= self._try_at:
+                self.one_at_a_time, self._busy, self._trust_until = True, 1.0, now + TRUST
+        elif waiting and self._busy < BUSY:
+            self.give_up(now)
+        elif now >= self._trust_until:
+            self.one_at_a_time, self._pause = False, 0.0
         else:
-            self._busy += (processors - self._busy) / 8
-            if waiting and self._busy < BUSY:
-                self.give_up(now)
-            elif now >= self._trust_until:
-                self.one_at_a_time, self._pause = False, 0.0
-            else:
-                self.one_at_a_time = waiting
+            self.one_at_a_time = waiting
 
     def give_up(self, now: float) -> None:
         """Let all threads run, and don't try again soon."""
