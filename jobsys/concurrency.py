@@ -16,7 +16,8 @@ BUSY = 0.8
 """So many processors a process uses, on average of the last windows, whose threads keep the interpreter busy (the rest is the database's);
 and so many it has to use while it runs one job at a time. A burst of some dozen short jobs is no reason to try."""
 PARALLEL = 1.2
-"""When it uses more, its jobs compute in something else than Python, which runs in several threads at once."""
+"""When it uses more, its jobs compute in something else than Python, which runs in several threads at once. Each window in which it does so
+counts as a try that failed: rather too few tries than jobs that could have run."""
 TRUST = 10.0
 """Seconds after which all threads may run for one window, to see whether they would do more by now."""
 PAUSE = (10.0, 300.0)

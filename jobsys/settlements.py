@@ -28,7 +28,7 @@ BUSY_GATHER = 0.02
 """The same while jobs wait in memory that need no outcome to start. A write of a few costs about as much CPU as one of some dozens; but
 what is not written when the process is killed will run once more…"""
 WORK_AT_STAKE = 0.1
-"""…of which there is less when few jobs run at once. Then it is longer: until they have done so many seconds of work, all together…"""
+"""…of which there is less when few jobs may run at once. Then it is longer: until they have done so many seconds of work, all together…"""
 FULL_GROUP = 100
 """…and so many outcomes are worth a write."""
 RETRY = 1.0
@@ -248,7 +248,7 @@ class Writer(threading.Thread):
 
     @property
     def _gather(self) -> float:
-        return max(BUSY_GATHER, WORK_AT_STAKE / max(1, self._work.running))
+        return max(BUSY_GATHER, WORK_AT_STAKE / self._work.at_once)
 
     def stop(self) -> None:
         """Begin no further write, and wait for the one at hand."""

@@ -113,9 +113,9 @@ class WorkQueue(queue.Queue):
             if not self.unfinished_tasks:
                 self._concurrency.one_at_a_time = False  # what comes next may be of another kind
             if now >= self._concurrency.judge_at:
-                held_back = self.one_at_a_time
+                before = self.one_at_a_time
                 self._concurrency.judge(now, waiting=bool(self.queue))
-                if held_back and not self.one_at_a_time:
+                if before and not self.one_at_a_time:
                     self.not_empty.notify_all()
             if self._suspect_runs or self._suspects:
                 self._suspect_runs = False
@@ -126,6 +126,11 @@ class WorkQueue(queue.Queue):
     def one_at_a_time(self) -> bool:
         """Whether no job starts before the one that runs has ended: see concurrency.py."""
         return self._concurrency.one_at_a_time
+
+    @property
+    def at_once(self) -> int:
+        """How many jobs may run at once."""
+        return 1 if self.one_at_a_time else self.threads
 
     def lose_patience(self) -> None:
         """To be called now and then: no others wait any longer for a job that takes its time."""

@@ -79,7 +79,7 @@ def test_where_one_at_a_time_gets_less_done_it_is_tried_more_and_more_rarely(mac
             assert runs(machine, concurrency, *[0.3] * 4)[-1] is False
     between = [later - earlier for earlier, later in pairwise(tried_at)]
     shortest, longest = PAUSE
-    assert between == pytest.approx([min(shortest * 2**n, longest) for n in range(8)], abs=20 * WINDOW)
+    assert between == pytest.approx([min(shortest * 2**n, longest) for n in range(8)], abs=12 * WINDOW)
 
 
 def test_a_moment_in_which_others_have_the_processors_changes_nothing(machine: Machine) -> None:

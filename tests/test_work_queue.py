@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 
 import pytest
+from conftest import eventually
 
 from jobsys.ids import new_job_id
 from jobsys.running import RunningJob
@@ -95,7 +96,9 @@ def test_a_process_is_active_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -
 def test_one_at_a_time_a_job_starts_when_the_one_before_has_ended() -> None:
     first, second, third = claimed(), claimed(), claimed()
     work = holding(first, second, third)
+    assert work.at_once == 4
     work._concurrency.one_at_a_time = True
+    assert work.at_once == 1
     assert taken(work) is first and taken(work) is None
     work.task_done()
     assert taken(work) is second and taken(work) is None
@@ -116,6 +119,7 @@ def test_threads_that_waited_go_on_as_soon_as_jobs_may_run_beside_each_other(how
     threads = [threading.Thread(target=lambda: got.append(work.get(timeout=60)[1])) for _ in range(2)]
     for thread in threads:
         thread.start()
+    eventually(lambda: len(work.not_empty._waiters) == 2)  # type: ignore[attr-defined]
     if how == "it is judged so":
         monkeypatch.setattr(work._concurrency, "judge", lambda now, waiting: work._concurrency.give_up(now))
         work._concurrency.judge_at = 0.0
@@ -145,8 +149,9 @@ def test_whatever_is_decided_meanwhile_each_job_is_taken_once_and_none_is_left()
                 continue
             got[job.message_id] += 1
             with work.mutex:
-                one_at_a_time, work._concurrency.one_at_a_time = work._concurrency.one_at_a_time, random.random() < 0.5
-                work.not_empty.notify_all() if one_at_a_time and not work._concurrency.one_at_a_time else None
+                work._concurrency.one_at_a_time = random.random() < 0.5
+                if not work.one_at_a_time:
+                    work.not_empty.notify_all()
             work.task_done()
 
     threads = [threading.Thread(target=run) for _ in range(8)]
