@@ -173,7 +173,7 @@ class Heart(threading.Thread):
         work.lose_patience()
         if work.one_at_a_time and not self._said_one_at_a_time:
             self._said_one_at_a_time = True
-            log.info("jobs keep Python busy and run one at a time here; more processes would do more, more threads would not")
+            log.info("jobs keep Python busy and run one at a time here; more threads do not help, more processes do where a core is idle")
 
     def _reconnect(self, error: Exception) -> None:
         if self._stopped.is_set():
