@@ -29,9 +29,9 @@ PATIENCE = 0.05
 class Concurrency:
     """What one process knows. Not for several threads at once: WorkQueue asks and tells it under its lock."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self) -> None:
         self.one_at_a_time = False
-        self.judge_at = time.monotonic() + WINDOW if threads > 1 else float("inf")
+        self.judge_at = time.monotonic() + WINDOW
         """When it is time to judge again."""
         self._measured = time.monotonic(), time.process_time()
         self._busy = 0.0

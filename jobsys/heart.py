@@ -171,7 +171,7 @@ class Heart(threading.Thread):
     def _mind_the_interpreter(self) -> None:
         work = self._presence.work
         work.lose_patience()
-        if work.one_at_a_time and not self._said_one_at_a_time:
+        if work.one_at_a_time and work.threads > 1 and not self._said_one_at_a_time:
             self._said_one_at_a_time = True
             log.info("jobs keep Python busy and run one at a time here; more threads do not help, more processes do where a core is idle")
 

@@ -41,7 +41,7 @@ class WorkQueue(queue.Queue):
         """So many unstarted jobs, or fewer, make room for a claim."""
         self.low_since: float | None = None
         """When they became so few, by time.monotonic; who claims sets it back."""
-        self._concurrency = Concurrency(threads)
+        self._concurrency = Concurrency()
         self._suspects: list[RunningJob] = []
         self._suspect_runs = False
 

@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "a claim is due as late as if it took no time",
         "jobsys/claims.py",
-        "min(max(ahead // 8, 2 * meanwhile), ahead)",
-        "ahead // 8",
+        "min(max(int(pace * AHEAD) // 8, 2 * meanwhile), ahead)",
+        "int(pace * AHEAD) // 8",
         "tests/test_claims.py -k next_claim_is_due",
     ),
     Mutant(

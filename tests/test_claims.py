@@ -541,6 +541,13 @@ def test_the_largest_claim_is_larger_where_many_processes_take_turns(claims: Cla
     assert largest == [250, 250, 500, 500]
 
 
+def test_a_process_whose_jobs_compute_claims_half_as_often(claims: Claims, clock: Clock) -> None:
+    side_by_side = claims._room(), claims.work.low_water
+    claims.work._concurrency.one_at_a_time = True
+    assert side_by_side == (100, 12)
+    assert (claims._room(), claims.work.low_water) == (200, 12)
+
+
 def test_nothing_is_claimed_while_too_many_outcomes_wait_to_be_written(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "_backlog", lambda: 1000)
     assert claims._room() == THREADS

@@ -44,7 +44,7 @@ def runs(machine: Machine, concurrency: Concurrency, *processors: float, waiting
 
 def computing(machine: Machine) -> Concurrency:
     """What a process knows that has just begun to run one job at a time."""
-    concurrency = Concurrency(8)
+    concurrency = Concurrency()
     while runs(machine, concurrency, 0.95) == [False]:
         pass
     return concurrency
@@ -63,15 +63,15 @@ def test_jobs_that_keep_the_interpreter_busy_run_one_at_a_time_and_now_and_then_
 
 
 def test_jobs_that_wait_run_side_by_side(machine: Machine) -> None:
-    assert not any(runs(machine, Concurrency(8), *[0.7] * 100))
+    assert not any(runs(machine, Concurrency(), *[0.7] * 100))
 
 
 def test_a_burst_that_computes_is_no_reason_to_try(machine: Machine) -> None:
-    assert not any(runs(machine, Concurrency(8), *[0.95, 0.95, 0.1, 0.1] * 50))
+    assert not any(runs(machine, Concurrency(), *[0.95, 0.95, 0.1, 0.1] * 50))
 
 
 def test_where_one_at_a_time_gets_less_done_it_is_tried_more_and_more_rarely(machine: Machine) -> None:
-    concurrency = Concurrency(8)
+    concurrency = Concurrency()
     tried_at = []
     while len(tried_at) < 9:
         if runs(machine, concurrency, 0.95) == [True]:
@@ -87,7 +87,7 @@ def test_a_moment_in_which_others_have_the_processors_changes_nothing(machine: M
 
 
 def test_what_uses_several_processors_runs_side_by_side(machine: Machine) -> None:
-    concurrency = Concurrency(8)
+    concurrency = Concurrency()
     assert not any(runs(machine, concurrency, *[2.0] * 10, *[0.95] * 10))
 
 
@@ -99,22 +99,21 @@ def test_what_would_use_several_processors_is_found_out(machine: Machine) -> Non
 
 
 def test_while_no_job_waits_for_a_thread_nothing_is_tried_and_nothing_has_failed(machine: Machine) -> None:
-    concurrency = Concurrency(8)
+    concurrency = Concurrency()
     assert not any(runs(machine, concurrency, *[0.95] * 10, waiting=False))
     assert all(runs(machine, concurrency, *[0.95] * 5))
     assert not any(runs(machine, concurrency, *[0.1] * 20, waiting=False))
     assert runs(machine, concurrency, *[0.95] * 10)[-1]
 
 
-def test_one_thread_needs_no_judgement(machine: Machine) -> None:
-    assert Concurrency(1).judge_at == float("inf")
-
-
-def test_a_process_says_once_that_it_runs_its_jobs_one_at_a_time(system: JobSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [8, 1])
+def test_a_process_says_once_that_it_runs_its_jobs_one_at_a_time_unless_it_could_not_do_otherwise(
+    system: JobSystem, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
     said: list[str] = []
     monkeypatch.setattr("jobsys.heart.log.info", lambda event, **values: said.append(event))
-    presence = system.broker.attend(threads=8)
+    presence = system.broker.attend(threads=threads)
     presence.work._concurrency.one_at_a_time = True
     for _ in range(2):
         presence._heart._mind_the_interpreter()
-    assert len([event for event in said if "one at a time" in event]) == 1
+    assert len([event for event in said if "one at a time" in event]) == (1 if threads > 1 else 0)

@@ -31,7 +31,7 @@ def measure(bench: Bench) -> Result:
 
 def of_python_work(bench: Bench) -> dict[str, Any]:
     """Rates in jobs a second, and their shares."""
-    rounds, jobs = calibrated(), bench.sized(10_000)
+    rounds, jobs = calibrated(), bench.sized(20_000)
     spinning = partial(drain, bench, "SPIN", f'{{"rounds": {rounds}}}', jobs)
     contenders = {
         "threads": spinning,
