@@ -103,8 +103,8 @@ class WorkQueue(queue.Queue):
         raise queue.Empty
 
     def task_done(self) -> None:
-        now = time.monotonic()
         with self.mutex:
+            now = time.monotonic()  # in here: who waits for the interpreter before it has the lock would turn back the clock
             self.finished += 1
             self.finished_at = now
             self.active_seconds += now - self._active_since
@@ -134,8 +134,8 @@ class WorkQueue(queue.Queue):
 
     def lose_patience(self) -> None:
         """To be called now and then: no others wait any longer for a job that takes its time."""
-        now = time.monotonic()
         with self.mutex:
+            now = time.monotonic()
             if self.one_at_a_time and self.running and now > self._active_since + PATIENCE:
                 self._concurrency.give_up(now)
                 self.not_empty.notify_all()

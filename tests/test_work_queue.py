@@ -93,6 +93,20 @@ def test_a_process_is_active_while_a_job_runs(monkeypatch: pytest.MonkeyPatch) -
     assert (work.finished, work.active_seconds, work.finished_at) == (3, 5.0, 111.0), "in between none did"
 
 
+def test_a_thread_that_was_kept_waiting_turns_back_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("jobsys.work_queue.time.monotonic", lambda: now)
+    work = holding(claimed(), claimed())
+    taken(work), taken(work)
+    with work.mutex:
+        late = threading.Thread(target=work.task_done)
+        late.start()
+        late.join(0.1)
+        now = 101.0
+    late.join(60)
+    assert (work.finished, work.finished_at) == (1, 101.0)
+
+
 def test_one_at_a_time_a_job_starts_when_the_one_before_has_ended() -> None:
     first, second, third = claimed(), claimed(), claimed()
     work = holding(first, second, third)
