@@ -17,11 +17,13 @@ THREADS = 8
 SLEEP = 0.02
 SPIN = 0.001
 """Seconds of Python's work in a job of the other kind."""
+CALIBRATION = 4.0
+"""Seconds in which it is found out how much that is."""
 
 
 def measure(bench: Bench) -> Result:
     """The median of the shares; details have jobs of 1 ms of Python's work, as a share of what two bare processes do: with as many threads,
-    and with one in each process, which is how such jobs are best run."""
+    and with one in each process."""
     ideal = PROCESSES * THREADS / SLEEP
     sleeping = partial(drain, bench, "SLEEP", f'{{"seconds": {SLEEP}}}', bench.sized(8_000))
     rates = alternate({"jobsys": sleeping}, bench.runs)
@@ -52,11 +54,13 @@ def drain(bench: Bench, type: str, payload: str, jobs: int, threads: int = THREA
 
 
 def calibrated() -> int:
-    """How many rounds take that long."""
-    rounds = 1_000
-    while (took := _time(rounds)) < 20 * SPIN:
-        rounds *= 2
-    return int(rounds * SPIN / min(took, *(_time(rounds) for _ in range(5))))
+    """How many rounds take that long at the machine's best: what runs beside it may slow a processor by half for a second or two."""
+    rounds, until = 1_000, time.perf_counter() + CALIBRATION
+    fastest = float("inf")
+    while time.perf_counter() < until:
+        fastest = min(fastest, _time(rounds) / rounds)
+        rounds = max(1_000, int(5 * SPIN / fastest))
+    return int(SPIN / fastest)
 
 
 def bare(rounds: int, times: int) -> float:
