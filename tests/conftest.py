@@ -73,6 +73,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A TCP port of 127.0.0.1 that refuses connections until the test ends: nobody else gets it meanwhile."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
 def environment(settings: Settings, **overrides: Any) -> dict[str, str]:
     """This process's environment with `settings` in it and no other setting; `overrides` in capitals win."""
     names = {name.upper() for name in Settings.model_fields}

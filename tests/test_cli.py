@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment, eventually, free_port
+from conftest import environment, eventually
 
 from jobsys import Job, Payload, arguments, cli, terminal
 from jobsys.job_types import JobType
@@ -167,8 +167,8 @@ def test_a_wrong_command_is_explained_and_exits_with_2(jobsys: Any) -> None:
         assert said.code == 2 and complaint in said.err and said.out == "", said
 
 
-def test_whatever_cannot_be_done_is_one_sentence_and_exits_with_1(jobsys: Any) -> None:
-    nowhere = f"postgresql://bob:secret@127.0.0.1:{free_port()}/jobs"
+def test_whatever_cannot_be_done_is_one_sentence_and_exits_with_1(jobsys: Any, closed_port: int) -> None:
+    nowhere = f"postgresql://bob:secret@127.0.0.1:{closed_port}/jobs"
     for sentence, words, env in [
         ('"NOPE" is not one of ', ["submit", "NOPE"], {}),
         ("payload.sleepMs: Input should be a valid integer", ["submit", "TEST_JOB", "sleepMs=soon"], {}),

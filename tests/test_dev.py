@@ -284,8 +284,8 @@ def test_a_directory_that_can_not_be_written_is_one_sentence(start_dev: Callable
     refuses(start_dev(**{name: "file/directory"}), f"{name} file/directory can't be written", f"set {name}")
 
 
-def test_an_unreachable_database_is_one_sentence(start_dev: Callable[..., Running]) -> None:
-    url = f"postgresql://someone:secret@127.0.0.1:{free_port()}/jobsys"
+def test_an_unreachable_database_is_one_sentence(start_dev: Callable[..., Running], closed_port: int) -> None:
+    url = f"postgresql://someone:secret@127.0.0.1:{closed_port}/jobsys"
     dev = start_dev(DATABASE_URL=url)
     refuses(dev, "DATABASE_URL leads to no PostgreSQL", "Connection refused", "unset it")
     assert "secret" not in dev.output

@@ -199,8 +199,8 @@ def test_it_costs_little_among_many_jobs(database_url: str) -> None:
 # PostgreSQL
 
 
-def test_a_database_that_is_not_there_is_one_problem(settings: Settings, server: str) -> None:
-    nowhere = f"postgresql://bob:secret@127.0.0.1:{free_port()}/jobs"
+def test_a_database_that_is_not_there_is_one_problem(settings: Settings, server: str, closed_port: int) -> None:
+    nowhere = f"postgresql://bob:secret@127.0.0.1:{closed_port}/jobs"
     findings = examine(settings.model_copy(update={"database_url": nowhere}))
     assert [finding.check for finding in findings] == ["database", "output", "mail"]
     assert (

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import test_cli
-from conftest import CHECKOUT, Running, eventually, execute, free_port
+from conftest import CHECKOUT, Running, eventually, execute
 
 from jobsys import secrecy
 from jobsys.db import url_of
@@ -194,9 +194,9 @@ def test_no_secret_comes_out_anywhere(
         "host=127.0.0.1 port={port} user=bob password='secret-hush",
     ],
 )
-def test_no_piece_of_a_password_is_told_however_the_address_is_written(address: str, command: Command) -> None:
+def test_no_piece_of_a_password_is_told_however_the_address_is_written(address: str, command: Command, closed_port: int) -> None:
     for word in ("jobs", "doctor", "migrate", "worker") if "se@" in address else ("jobs", "doctor"):
-        said = command(word, DATABASE_URL=address.format(port=free_port()))
+        said = command(word, DATABASE_URL=address.format(port=closed_port))
         assert said.code == 1 and not re.search("hush|cret|Traceback", said.out + said.err), said
 
 

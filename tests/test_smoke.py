@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from conftest import Mailbox, environment, eventually, free_port
+from conftest import Mailbox, environment, eventually
 
 from jobsys.settings import Settings
 
@@ -55,10 +55,12 @@ def test_with_a_url_it_checks_that_system(settings: Settings, start_web: Any, st
     assert [message["To"] for message in mail.messages] == ["ann@example.org"]
 
 
-def test_it_fails_for_what_does_not_work_and_goes_on_with_the_rest(settings: Settings, start_web: Any, start_worker: Any) -> None:
-    code, said = smoke(settings, f"http://127.0.0.1:{free_port()}")
+def test_it_fails_for_what_does_not_work_and_goes_on_with_the_rest(
+    settings: Settings, start_web: Any, start_worker: Any, closed_port: int
+) -> None:
+    code, said = smoke(settings, f"http://127.0.0.1:{closed_port}")
     assert code == 1 and "was not answered: [Errno" in said
-    broken = {"INGEST_RATE": "0", "SMTP_HOST": "127.0.0.1", "SMTP_PORT": free_port(), "MAX_RETRIES": 0}
+    broken = {"INGEST_RATE": "0", "SMTP_HOST": "127.0.0.1", "SMTP_PORT": closed_port, "MAX_RETRIES": 0}
     url = start_web(**broken).url
     code, said = smoke(settings, url)
     assert code == 1 and "no worker is running" in said

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from conftest import Running, environment, eventually, free_port
+from conftest import Running, environment, eventually
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from test_trail import TYPES, lines, post
 
@@ -138,9 +138,9 @@ def test_refused_requests_have_spans_too_and_the_last_are_sent_at_the_end(collec
 
 
 def test_a_collector_that_is_away_hurts_nobody(
-    start_web: Callable[..., Running], start_worker: Callable[..., Running], system: Any
+    start_web: Callable[..., Running], start_worker: Callable[..., Running], system: Any, closed_port: int
 ) -> None:
-    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}", **SOON}
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed_port}", **SOON}
     web, worker = start_web(**env), start_worker(**env)
     answers = [post(f"{web.url}/jobs", {})[0] for _ in range(20)]
     assert all(system.wait(answer["jobId"], 10).status == "COMPLETED" for answer in answers)
