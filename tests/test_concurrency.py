@@ -79,7 +79,7 @@ def test_where_one_at_a_time_gets_less_done_it_is_tried_more_and_more_rarely(mac
             assert runs(machine, concurrency, *[0.3] * 4)[-1] is False
     between = [later - earlier for earlier, later in pairwise(tried_at)]
     shortest, longest = PAUSE
-    assert between == pytest.approx([min(shortest * 2**n, longest) for n in range(8)], abs=12 * WINDOW)
+    assert between == pytest.approx([min(shortest * 2**n, longest) for n in range(8)], abs=5 * WINDOW)
 
 
 def test_a_moment_in_which_others_have_the_processors_changes_nothing(machine: Machine) -> None:
@@ -103,7 +103,7 @@ def test_while_no_job_waits_for_a_thread_nothing_is_tried_and_nothing_has_failed
     assert not any(runs(machine, concurrency, *[0.95] * 10, waiting=False))
     assert all(runs(machine, concurrency, *[0.95] * 5))
     assert not any(runs(machine, concurrency, *[0.1] * 20, waiting=False))
-    assert runs(machine, concurrency, *[0.95] * 10)[-1]
+    assert runs(machine, concurrency, *[0.95] * 10) == [False] * 6 + [True] * 4
 
 
 @pytest.mark.parametrize("threads", [8, 1])

@@ -313,6 +313,7 @@ def test_outcomes_gather_for_longer_the_fewer_threads_there_are(
     system: JobSystem, threads: int, gather: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobsys.settlements.WORK_AT_STAKE", 60.0)
+    monkeypatch.setattr("jobsys.presence.LATEST_START", 600.0)
     presence = system.broker.attend(threads=threads)
     monkeypatch.setattr(presence.claims, "_room", lambda: 20)
     system.submit_many(Submission("TEST_JOB") for _ in range(20))
@@ -326,7 +327,7 @@ def test_outcomes_gather_for_longer_the_fewer_threads_there_are(
     eventually(lambda: len(presence.settlements) == 0)  # the first is written at once
     end()
     if gather:
-        time.sleep(0.5)
+        time.sleep(5)
         assert len(presence.settlements) == 1
         presence.work.take_back(lambda job: True)
     else:
