@@ -3,7 +3,7 @@
 Python's interpreter runs one thread at a time. Of eight jobs that compute, seven wait for it, and it goes from thread to thread every 5 ms
 (sys.getswitchinterval): that costs time, each job ends late, and a claim, the heart or an urgent job wait for it behind all of them. So a
 process that has enough to do tries now and then to run one job at a time, and goes on as long as that keeps a processor as busy. It does
-not when jobs wait for something.
+not when jobs wait for something. With one thread that changes nothing but how much is claimed at once: see AHEAD_COMPUTING in claims.py.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ class Heart(threading.Thread):
 
     def _hear(self) -> None:
         """Wait for a notification: until the next beat, or only for a tick while jobs run whose time may end."""
-        busy = self._presence.running or self._presence.work.unfinished_tasks  # no job runs for a moment between two
-        wait = max(0.0, min(self._beat_at - time.monotonic(), TICK if busy else 1.0))
+        unfinished = self._presence.work.unfinished_tasks  # not only those that run: for a moment between two none does
+        wait = max(0.0, min(self._beat_at - time.monotonic(), TICK if unfinished else 1.0))
         if self._connection.notifies:  # came together with the answer to a statement
             wait = 0.0
         with db.translated():

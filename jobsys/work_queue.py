@@ -124,7 +124,7 @@ class WorkQueue(queue.Queue):
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether no job starts before the one that runs has ended: see concurrency.py."""
+        """Whether no job starts before the one that runs has ended, because they compute: see concurrency.py."""
         return self._concurrency.one_at_a_time
 
     @property
